@@ -1,0 +1,22 @@
+"""The collection: one generative program per file, its guide in the file of the same name in :mod:`pyrocausal.guides`.
+
+The module can be called: ``pc.models()`` is the collection as a table.
+"""
+
+import sys
+from types import ModuleType
+from typing import Any
+
+from pyrocausal.collection import table
+from pyrocausal.models.sams_vae import SAMSVAE
+from pyrocausal.models.svae_plus import SVAEPlus
+
+__all__ = ["SAMSVAE", "SVAEPlus"]
+
+
+class _Collection(ModuleType):
+    def __call__(self) -> Any:
+        return table()
+
+
+sys.modules[__name__].__class__ = _Collection

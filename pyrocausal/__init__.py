@@ -1,0 +1,28 @@
+"""Causal generative models for single-cell perturbation screens, as Pyro model/guide pairs.
+
+``import pyrocausal as pc`` sets Pyro's ``module_local_params``: parameters belong to their module, and two models in one process never
+touch.
+"""
+
+from importlib import import_module as _import_module
+from types import ModuleType as _ModuleType
+
+import pyro as _pyro
+
+_pyro.settings.set(module_local_params=True)
+
+from pyrocausal import simulate
+from pyrocausal.collection import build
+from pyrocausal.data import PerturbationData
+from pyrocausal.elbo import ELBO
+from pyrocausal.fit import Fit, fit
+from pyrocausal.io import load
+
+__all__ = ["ELBO", "Fit", "PerturbationData", "build", "fit", "guides", "load", "models", "simulate"]
+
+
+def __getattr__(name: str) -> _ModuleType:
+    """``pc.models`` and ``pc.guides``: imported when they are asked for."""
+    if name in ("models", "guides"):
+        return _import_module(f"pyrocausal.{name}")
+    raise AttributeError(f"module 'pyrocausal' has no attribute {name!r}")

@@ -1,0 +1,133 @@
+"""The centred guide of shift models: an encoder for the programs themselves, and a closed-form table for what moved them.
+
+For every model with ``u = z + dose @ (mask * effect)``, ``z ~ Normal(0, I)``::
+
+    q(mask, effect)            closed form, :class:`~pyrocausal.sparsity.SpikeSlabTable`
+    q(z_n | x_n, mask, effect) = Normal(a(x_n) - dose_n @ (mask * effect), diag v(x_n))
+
+so that ``u_n = a(x_n) + noise`` whatever the table says: the encoder looks for programs in the cell, the table explains them, and neither
+chases the other. Training has two phases, by progress through the epochs:
+
+1. until ``turn_at``: the mask is held on (the span of the programs is found);
+2. at ``turn_at`` the programs are turned to the axes that make the table sparsest, in guide and decoder at once; from here on mask and
+   effect are inferred together.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyrocausal.data import PerturbationData
+from pyrocausal.loading import Batch
+from pyrocausal.nn import MLP, Standardise
+from pyrocausal.sparsity import SpikeSlabTable, sparse_rotation
+from pyrocausal.structural import mechanism_shift
+
+TURNS = (0.5, 0.65, 0.8)
+
+
+class CentredGuide(PyroModule):
+    """Encoder, table, and the turn. Subclasses add the sites that come before the mask (:meth:`prior_sites`).
+
+    Args:
+        dense: the model's mask is fixed to ones: no ``mask`` site, no turn.
+        turn_at: share of the training after which the programs are turned and the mask is inferred.
+    """
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_perturbations: int,
+        n_latent: int,
+        table: SpikeSlabTable,
+        counts: bool,
+        dense: bool,
+        n_hidden: int,
+        n_layers: int,
+        n_batches: int,
+        turn_at: float,
+    ) -> None:
+        super().__init__()
+        self.dense = dense
+        self.turn_at = turn_at
+        self.n_batches = n_batches
+        self.table = table
+        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
+        self.standardise = Standardise(n_genes, log=counts)
+        self.encoder = MLP(n_genes + (n_batches if n_batches > 1 else 0), 2 * n_latent, n_hidden, n_layers, layer_norm=True)
+        nn.init.zeros_(self.encoder.last.bias)
+
+    # -- the guide ---------------------------------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch) -> None:
+        self.prior_sites()
+        table, slab = self.table, self.table.effect_scale
+        mask = torch.ones_like(table.loc) if self.dense else pyro.sample("mask", dist.Bernoulli(logits=table.logits).to_event(2))
+        scale = mask * table.scale + (1 - mask) * slab  # an effect without target follows its prior
+        effect = pyro.sample("effect", dist.Normal(mask * table.loc, scale).to_event(2))
+        if batch.x is None:
+            return
+        with batch.cells():
+            a, v = self.encode(batch)
+            pyro.sample("z", dist.Normal(a - mechanism_shift(batch.dose, mask * effect), v).to_event(1))
+
+    def prior_sites(self) -> None:
+        """Sample the sites above the mask; none here."""
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the programs ``u`` of each cell, [n, D] each."""
+        assert batch.x is not None
+        h = self.standardise(batch.x)
+        if self.n_batches > 1:
+            h = torch.cat([h, nn.functional.one_hot(batch.batch_code, self.n_batches).to(h.dtype)], -1)
+        a, log_v = self.encoder(h).chunk(2, -1)
+        return a, log_v.exp()
+
+    # -- training --------------------------------------------------------------------------------------------------------------
+
+    def initialise(self, model: Any, data: PerturbationData) -> None:
+        """Before the first epoch: moments of the expression, base rates of the decoder, the Gram matrix of the doses."""
+        device = self.table.loc.device
+        x = torch.as_tensor(data.dense(), device=device)
+        self.standardise.fit_moments(x)
+        with torch.no_grad():
+            counts = model.likelihood.is_counts
+            model.decoder.last.bias.copy_((x.sum(0) / x.sum()).clamp_min(1e-8).log() if counts else x.mean(0))
+            if not counts:
+                model.likelihood.log_sigma.copy_(x.std(0).clamp_min(1e-3).log())
+        dose = data.dose.astype("float64")
+        self.table.set_gram(torch.as_tensor((dose.T @ dose).toarray(), dtype=self.table.gram.dtype, device=device))
+
+    def after_step(self, model: Any, batch: Batch, progress: float) -> None:
+        """After every optimiser step: fold the minibatch into the table; turn the programs when it is time."""
+        with torch.no_grad():
+            a, _ = self.encode(batch)
+        self.table.observe(batch.dose, a)
+
+    def after_epoch(self, model: Any, progress: float) -> None:
+        """After every epoch; ``progress`` is the share of the epochs that are done."""
+        due = sum(progress >= at - 1e-9 for at in TURNS)
+        if self.dense or due <= int(self.turns):
+            return
+        self.turns.fill_(due)
+        self.turn(model, sparse_rotation(self.table.means()))
+        self.table.sparse()
+
+    @torch.no_grad()
+    def turn(self, model: Any, rotation: Tensor) -> None:
+        """Turn the programs by an orthogonal R: ``a -> a R``, ``W -> W R``, and the decoder reads ``u R'``, so that it sees what it saw."""
+        n = self.table.loc.shape[1]
+        head = self.encoder.last
+        head.weight[:n] = rotation.T @ head.weight[:n]
+        head.bias[:n] = head.bias[:n] @ rotation
+        head.weight[n:] = (rotation**2).T @ head.weight[n:]  # log-scales: first order
+        head.bias[n:] = (rotation**2).T @ head.bias[n:]
+        first = model.decoder.first
+        first.weight.copy_(first.weight @ rotation)
+        self.table.rotate(rotation)

@@ -1,0 +1,77 @@
+"""The models of the collection by name: what each is, and how a pair is built for a screen."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import nn
+
+from pyrocausal.data import PerturbationData
+from pyrocausal.errors import nearest
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One model of the collection: class names in ``pyrocausal.models`` and ``pyrocausal.guides``, and what it is for."""
+
+    model: str
+    guide: str
+    paper: str
+    answers: str
+    fixed: tuple[tuple[str, Any], ...] = ()
+
+
+ENTRIES = {
+    "sams_vae": Entry("SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "effects, combinations, doses, counterfactuals, target masks"),
+    "sams_vae_mean_field": Entry("SAMSVAE", "SAMSVAEMeanField", "Bereket & Karaletsos 2023", "as sams_vae, the paper's mean-field guide"),
+    "sams_vae_correlated": Entry("SAMSVAE", "SAMSVAECorrelated", "Bereket & Karaletsos 2023", "as sams_vae, the paper's correlated guide"),
+    "svae_plus": Entry("SVAEPlus", "SVAEPlus", "Lopez et al. 2023", "as sams_vae, with learned sparsity"),
+    "svae_plus_parity": Entry("SVAEPlus", "SVAEPlusParity", "Lopez et al. 2023", "the published sVAE+ objective", (("parity", True),)),
+    "cpa_vae": Entry(
+        "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "as sams_vae, every perturbation moves every program", (("dense", True),)
+    ),
+}
+
+
+def table() -> Any:
+    """The collection as a table: name, classes, paper, and what it can answer."""
+    import pandas as pd
+
+    rows = [{"name": n, "model": e.model, "guide": e.guide, "paper": e.paper, "answers": e.answers} for n, e in ENTRIES.items()]
+    return pd.DataFrame(rows).set_index("name")
+
+
+def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) -> tuple[nn.Module, nn.Module]:
+    """A model of the collection and its guide, sized for a screen.
+
+    Args:
+        name: one of ``pc.models()``.
+        data: gives the sizes, the batches, and the default likelihood (negative binomial for counts, Gaussian otherwise).
+        seed: of the initial weights.
+        settings: arguments of the model's or guide's constructor; those that both have go to both.
+    """
+    if name not in ENTRIES:
+        raise ValueError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
+    likelihood = "negative_binomial" if data.kind == "counts" else "gaussian"
+    arguments = {"n_batches": len(data.batches), "likelihood": likelihood, **settings, **data.sizes._asdict()}
+    return build_from({"name": name, "arguments": arguments, "seed": seed})
+
+
+def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
+    """The pair that a recipe (of :func:`build`, or of a saved run) describes."""
+    entry = ENTRIES[recipe["name"]]
+    arguments = {**recipe["arguments"], **dict(entry.fixed)}
+    classes = getattr(import_module("pyrocausal.models"), entry.model), getattr(import_module("pyrocausal.guides"), entry.guide)
+    accepted = [set(inspect.signature(c.__init__).parameters) - {"self"} for c in classes]
+    unknown = set(recipe["arguments"]) - accepted[0] - accepted[1]
+    if unknown:
+        raise ValueError(f"{recipe['name']} has no setting {min(unknown)!r}{nearest(min(unknown), sorted(accepted[0] | accepted[1]))}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe["seed"])
+        model, guide = (c(**{k: v for k, v in arguments.items() if k in ok}) for c, ok in zip(classes, accepted, strict=True))
+    model.recipe = recipe
+    return model, guide

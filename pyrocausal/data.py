@@ -1,0 +1,415 @@
+"""An AnnData screen as tensors: counts, treatments, covariates, and the names of everything.
+
+``PerturbationData.from_anndata`` checks the screen and refuses what cannot be modelled; ``split`` and indexing give parts of it;
+``batch`` turns cells into a :class:`~pyrocausal.loading.Batch`, the one argument of every model and guide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
+
+import anndata as ad
+import numpy as np
+import pandas as pd
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+
+from pyrocausal.errors import DataError, nearest
+from pyrocausal.loading import Batch, make_batch
+
+Kind = Literal["counts", "normalised"]
+Modality = Literal["perturbation", "knockout", "knockdown", "activation"]
+Expression: TypeAlias = Any  # sp.csr_matrix | NDArray[np.float32], [n_cells, n_genes]
+
+
+class Sizes(NamedTuple):
+    """Arguments of a model's constructor: ``Model(*data.sizes)``."""
+
+    n_genes: int
+    n_perturbations: int
+
+
+@dataclass(frozen=True)
+class PerturbationData:
+    """A perturbation screen, checked, with its names.
+
+    Attributes:
+        x: expression, [n_cells, n_genes] float32; CSR if the AnnData was sparse.
+        dose: treatment, [n_cells, n_perturbations] float32 CSR; a zero row is an unperturbed cell, several non-zeros a combination.
+        labels: perturbation label of each cell, [n_cells].
+        library_size: total of each cell in ``x``, [n_cells] (ones for normalised data).
+        kind: ``"counts"`` or ``"normalised"``.
+        modality: what a treatment does: ``"knockout"``, ``"knockdown"``, ``"activation"``, or the neutral ``"perturbation"``.
+        batch_codes: technical batch of each cell, [n_cells] int64 (zeros if the screen has one batch).
+        time: measurement time of each cell, [n_cells] float32, or None.
+    """
+
+    x: Expression
+    dose: sp.csr_matrix
+    labels: NDArray[np.object_]
+    library_size: NDArray[np.float32]
+    cells: pd.Index
+    genes: pd.Index
+    perturbations: pd.Index
+    control: str
+    kind: Kind
+    modality: Modality
+    separator: str
+    batch_codes: NDArray[np.int64]
+    batches: pd.Index
+    time: NDArray[np.float32] | None = None
+
+    @classmethod
+    def from_anndata(
+        cls,
+        adata: ad.AnnData | str | Path,
+        perturbation_key: str = "perturbation",
+        control: str = "control",
+        layer: str | None = None,
+        batch_key: str | None = None,
+        time_key: str | None = None,
+        separator: str = "+",
+        kind: Kind | None = None,
+        modality: Modality = "perturbation",
+    ) -> PerturbationData:
+        """Read a screen from an AnnData object or an ``.h5ad`` file.
+
+        Args:
+            adata: the screen; sparse matrices stay sparse.
+            perturbation_key: column of ``obs`` with the perturbation of each cell; combinations are ``A<separator>B``.
+            control: label of unperturbed cells (it may also stand beside a perturbation, as in ``control+A``).
+            layer: layer to read instead of ``X``.
+            batch_key: column of ``obs`` with the technical batch.
+            time_key: column of ``obs`` with the measurement time (numbers).
+            kind: ``"counts"`` or ``"normalised"``; recognised from the values if None.
+            modality: the screen's own reading of a treatment; ``knockout(...)`` is refused on an activation screen.
+
+        Raises:
+            DataError: for whatever cannot be modelled: see the messages.
+        """
+        adata = _open(adata)
+        _unique(adata.var_names, "gene names (var_names)", "call adata.var_names_make_unique()")
+        _unique(adata.obs_names, "cell names (obs_names)", "call adata.obs_names_make_unique()")
+        x = _expression(adata, layer)
+        kind = _kind(x, kind)
+        library = np.asarray(x.sum(1), dtype=np.float32).ravel() if kind == "counts" else np.ones(x.shape[0], np.float32)
+        _no_empty_rows(x, kind)
+        labels = _labels(adata, perturbation_key, control)
+        perturbations, dose = _doses(labels, control, separator)
+        codes, batches = _codes(adata, batch_key)
+        return cls(
+            x=x,
+            dose=dose,
+            labels=labels,
+            library_size=library,
+            cells=pd.Index(adata.obs_names, name="cell"),
+            genes=pd.Index(adata.var_names, name="gene"),
+            perturbations=pd.Index(perturbations, name="perturbation"),
+            control=control,
+            kind=kind,
+            modality=modality,
+            separator=separator,
+            batch_codes=codes,
+            batches=batches,
+            time=_times(adata, time_key),
+        )
+
+    def __len__(self) -> int:
+        return len(self.cells)
+
+    def __repr__(self) -> str:
+        singles, combos = self.condition_counts()
+        return (
+            f"PerturbationData({len(self):,} cells x {len(self.genes):,} genes, {self.kind}; {int(self.is_control.sum()):,} control cells, "
+            f"{singles} single perturbations, {combos} combinations, {len(self.batches)} batch{'es' if len(self.batches) != 1 else ''})"
+        )
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(len(self.genes), len(self.perturbations))
+
+    @property
+    def is_control(self) -> NDArray[np.bool_]:
+        """Unperturbed cells, [n_cells]."""
+        return np.diff(self.dose.indptr) == 0
+
+    @property
+    def cells_per_perturbation(self) -> NDArray[np.int64]:
+        """Cells that got each perturbation, alone or in a combination, [n_perturbations]."""
+        return np.bincount(self.dose.indices, minlength=len(self.perturbations)).astype(np.int64)
+
+    @property
+    def conditions(self) -> list[str]:
+        """Labels present among the cells, the control first, then singles and combinations in alphabetical order."""
+        present = sorted(set(self.labels) - {self.control}, key=lambda c: (self.separator in c, c))
+        return ([self.control] if self.is_control.any() else []) + present
+
+    def condition_counts(self) -> tuple[int, int]:
+        """Numbers of distinct single perturbations and of distinct combinations among the cells."""
+        size = np.diff(self.dose.indptr)
+        return len(set(self.labels[size == 1])), len(set(self.labels[size > 1]))
+
+    def dense(self, dtype: type = np.float32) -> NDArray[Any]:
+        """All expression as one dense array [n_cells, n_genes]."""
+        return np.asarray(self.x.toarray() if sp.issparse(self.x) else self.x, dtype=dtype)
+
+    # -- parts -----------------------------------------------------------------------------------------------------------------
+
+    def __getitem__(self, index: slice | Sequence[int] | Sequence[str] | NDArray[Any]) -> PerturbationData:
+        """Some of the cells: by slice, positions, boolean mask, or cell names. Perturbations and genes keep their codes."""
+        rows = self._rows(index)
+        if len(rows) == 0:
+            raise DataError(f"the selection {_short(index)} holds no cell of the {len(self):,}; select at least one")
+        return replace(
+            self,
+            x=self.x[rows],
+            dose=self.dose[rows],
+            labels=self.labels[rows],
+            library_size=self.library_size[rows],
+            cells=self.cells[rows],
+            batch_codes=self.batch_codes[rows],
+            time=None if self.time is None else self.time[rows],
+        )
+
+    def _rows(self, index: Any) -> NDArray[np.int64]:
+        if isinstance(index, slice):
+            return np.arange(len(self))[index]
+        array = np.asarray(index)
+        if array.dtype == bool:
+            if array.shape != (len(self),):
+                raise DataError(f"a mask of shape {array.shape} was given for {len(self):,} cells; give one value for each cell")
+            return np.flatnonzero(array)
+        if array.size == 0:
+            return np.empty(0, np.int64)
+        if array.dtype.kind in "iu":
+            array = np.atleast_1d(array)
+            if array.min() < -len(self) or array.max() >= len(self):
+                raise DataError(
+                    f"cell {int(array.max())} was asked for, but there are {len(self):,}; positions run from 0 to {len(self) - 1:,}"
+                )
+            return cast(NDArray[np.int64], array % len(self))
+        rows = self.cells.get_indexer(np.atleast_1d(array))
+        if (rows < 0).any():
+            unknown = str(np.atleast_1d(array)[rows < 0][0])
+            raise DataError(f"no cell is named {unknown!r}{nearest(unknown, self.cells[:2000])}")
+        return cast(NDArray[np.int64], rows)
+
+    def select(self, *conditions: str) -> PerturbationData:
+        """Cells of the given conditions, by label: ``data.select("STAT1", "control")``."""
+        for condition in conditions:
+            if condition not in set(self.labels):
+                raise DataError(f"no cell has the perturbation {condition!r}{nearest(condition, self.conditions)}")
+        return self[np.isin(self.labels, conditions)]
+
+    def split(
+        self,
+        by: Literal["cells", "perturbations", "combinations"] = "cells",
+        test: float | Sequence[str] = 0.2,
+        seed: int = 0,
+    ) -> tuple[PerturbationData, PerturbationData]:
+        """Training and test cells.
+
+        Args:
+            by: ``"cells"`` splits within every condition; ``"perturbations"`` holds out perturbations with every combination they are
+                in; ``"combinations"`` holds out combinations and keeps all singles.
+            test: the share to hold out, or the labels to hold out (not for ``by="cells"``).
+            seed: of the random choice.
+
+        Returns:
+            ``(train, test)``; control cells are only ever in both for ``by="cells"``, otherwise all of them are in ``train``.
+        """
+        rng = np.random.default_rng(seed)
+        if by == "cells":
+            if not isinstance(test, int | float) or not 0 < test < 1:
+                raise DataError(f"test={test!r} was given for a split by cells; give a share between 0 and 1")
+            held = np.zeros(len(self), bool)
+            for condition in self.conditions:
+                members = np.flatnonzero(self.labels == condition)
+                held[rng.permutation(members)[: round(test * len(members))]] = True
+        elif by in ("perturbations", "combinations"):
+            held = self._held_conditions(by, test, rng)
+        else:
+            raise DataError(f"by={by!r} is no way to split; choose 'cells', 'perturbations' or 'combinations'")
+        if not held.any() or held.all():
+            raise DataError(f"a split by {by} with test={test!r} leaves no {'training' if held.all() else 'test'} cells; change the share")
+        return self[~held], self[held]
+
+    def _held_conditions(self, by: str, test: float | Sequence[str], rng: np.random.Generator) -> NDArray[np.bool_]:
+        size = np.diff(self.dose.indptr)
+        combos = by == "combinations"
+        pool = sorted(set(self.labels[size > 1])) if combos else sorted(self.perturbations[self.cells_per_perturbation > 0])
+        if not pool:
+            raise DataError(f"the screen has no {by} to hold out; its conditions are {', '.join(self.conditions[:5])}")
+        if isinstance(test, int | float):
+            if not 0 < test < 1:
+                raise DataError(f"test={test!r} was given; give a share between 0 and 1, or the labels to hold out")
+            chosen = list(rng.permutation(pool)[: max(1, round(test * len(pool)))])
+        else:
+            chosen = [self._canonical(c) for c in test] if combos else list(test)
+            for label in chosen:
+                if label not in pool:
+                    raise DataError(f"{label!r} is none of the {by} of the screen{nearest(label, pool)}")
+        if combos:
+            return np.isin(self.labels, chosen)
+        columns = self.perturbations.get_indexer(chosen)
+        return np.asarray(self.dose[:, columns].sum(1)).ravel() > 0
+
+    def _canonical(self, label: str) -> str:
+        """The screen's own spelling of a combination, whatever the order of its parts."""
+        parts = sorted(label.split(self.separator))
+        for known in set(self.labels):
+            if sorted(known.split(self.separator)) == parts:
+                return str(known)
+        return label
+
+    # -- tensors ---------------------------------------------------------------------------------------------------------------
+
+    def batch(
+        self,
+        index: slice | Sequence[int] | NDArray[Any] | None = None,
+        n_total: int | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> Batch:
+        """Cells as tensors, the argument of models and guides.
+
+        Args:
+            index: positions of the cells; all of them if None.
+            n_total: size of the population that the cells stand for (the scale of ``batch.cells()``); all cells of this object if None.
+        """
+        rows = np.arange(len(self)) if index is None else self._rows(index)
+        if len(rows) == 0:
+            raise DataError("an empty batch was asked for; give the position of at least one cell")
+        return make_batch(self, rows, len(self) if n_total is None else n_total, dtype, device)
+
+
+# -- reading and checking ------------------------------------------------------------------------------------------------------
+
+
+def _open(adata: ad.AnnData | str | Path) -> ad.AnnData:
+    if isinstance(adata, str | Path):
+        path = Path(adata)
+        if not path.is_file():
+            raise DataError(f"there is no file {str(path)!r}; give the path of an .h5ad file")
+        try:
+            adata = ad.read_h5ad(path)
+        except Exception as error:  # anndata and h5py raise many kinds for a file that is not what it says
+            raise DataError(f"{path.name!r} cannot be read as .h5ad ({type(error).__name__}); write it with adata.write_h5ad") from error
+    if not isinstance(adata, ad.AnnData):
+        raise DataError(f"a {type(adata).__name__} was given; give an AnnData object or the path of an .h5ad file")
+    if adata.n_obs == 0 or adata.n_vars == 0:
+        raise DataError(f"the screen has {adata.n_obs} cells and {adata.n_vars} genes; it needs at least one of each")
+    return adata
+
+
+def _unique(names: pd.Index, what: str, mend: str) -> None:
+    if not names.is_unique:
+        raise DataError(f"{what} are not unique ({names[names.duplicated()][0]!r} occurs more than once); {mend}")
+
+
+def _expression(adata: ad.AnnData, layer: str | None) -> Expression:
+    if layer is not None and layer not in adata.layers:
+        raise DataError(f"there is no layer {layer!r}{nearest(layer, adata.layers.keys())}")
+    where = "X" if layer is None else f"layers[{layer!r}]"
+    given = adata.X if layer is None else adata.layers[layer]
+    if given is None:
+        raise DataError(f"{where} is empty; name the layer that holds the expression with layer=")
+    x: Any = sp.csr_matrix(given) if sp.issparse(given) else np.asarray(given)
+    if x.dtype.kind not in "iufb":
+        raise DataError(f"{where} has dtype {x.dtype}; convert it to numbers, for example adata.X = adata.X.astype('float32')")
+    x = x.astype(np.float32)
+    values = x.data if sp.issparse(x) else x
+    if not np.isfinite(values).all():
+        raise DataError(f"{where} holds {int((~np.isfinite(values)).sum())} NaN or infinite values; replace or remove them")
+    if sp.issparse(x):
+        x.sum_duplicates()
+        x.eliminate_zeros()
+    return x
+
+
+def _kind(x: Expression, kind: Kind | None) -> Kind:
+    values = x.data if sp.issparse(x) else x
+    integral = bool((values == np.rint(values)).all())
+    negative = int((values < 0).sum())
+    if kind is None:
+        return "counts" if integral and not negative else "normalised"
+    if kind not in ("counts", "normalised"):
+        raise DataError(f"kind={kind!r} was given; it is 'counts' or 'normalised'")
+    if kind == "counts" and negative:
+        raise DataError(f"kind='counts' was given, but {negative} values are negative; give raw counts, or kind='normalised'")
+    if kind == "counts" and not integral:
+        raise DataError("kind='counts' was given, but the values are not integers; name the layer with raw counts, or kind='normalised'")
+    return kind
+
+
+def _no_empty_rows(x: Expression, kind: Kind) -> None:
+    filled = np.abs(x)
+    cells, genes = np.asarray(filled.sum(1)).ravel() == 0, np.asarray(filled.sum(0)).ravel() == 0
+    if kind == "counts" and cells.any():
+        raise DataError(f"{int(cells.sum())} cells have no counts at all; remove them, adata[adata.X.sum(1) > 0]")
+    if genes.any():
+        raise DataError(f"{int(genes.sum())} genes are zero in every cell; remove them, adata[:, adata.X.sum(0) > 0]")
+
+
+def _column(adata: ad.AnnData, key: str, what: str) -> pd.Series:
+    if key not in adata.obs:
+        raise DataError(f"obs has no column {key!r} for the {what}{nearest(key, adata.obs.columns)}")
+    column = adata.obs[key]
+    if column.isna().any():
+        raise DataError(f"obs[{key!r}] is missing for {int(column.isna().sum())} cells; fill it in or remove those cells")
+    return column
+
+
+def _labels(adata: ad.AnnData, key: str, control: str) -> NDArray[np.object_]:
+    labels = _column(adata, key, "perturbation").astype(str).to_numpy(dtype=object)
+    if control not in set(labels):
+        common = pd.Series(labels).value_counts().index[:3]
+        raise DataError(
+            f"no cell of obs[{key!r}] is labelled {control!r}; name the control with control=, the commonest labels are {list(common)}"
+        )
+    if set(labels) == {control}:
+        raise DataError(f"all cells of obs[{key!r}] are {control!r}; a screen needs at least one perturbation")
+    return labels
+
+
+def _doses(labels: NDArray[np.object_], control: str, separator: str) -> tuple[list[str], sp.csr_matrix]:
+    parts_of: dict[str, list[str]] = {}
+    for label in sorted(set(labels)):
+        parts = [p for p in label.split(separator) if p != control] if label != control else []
+        if "" in parts or len(set(parts)) < len(parts):
+            raise DataError(
+                f"the label {label!r} has an empty or repeated part at the separator {separator!r}; rename it or set separator="
+            )
+        parts_of[label] = parts
+    names = sorted({p for parts in parts_of.values() for p in parts})
+    code = {name: i for i, name in enumerate(names)}
+    columns = [[code[p] for p in parts_of[label]] for label in labels]
+    indptr = np.concatenate([[0], np.cumsum([len(c) for c in columns])])
+    indices = np.array([i for c in columns for i in sorted(c)], dtype=np.int32)
+    return names, sp.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(labels), len(names)))
+
+
+def _codes(adata: ad.AnnData, key: str | None) -> tuple[NDArray[np.int64], pd.Index]:
+    if key is None:
+        return np.zeros(adata.n_obs, np.int64), pd.Index(["all"], name="batch")
+    column = _column(adata, key, "batch").astype(str)
+    codes, names = pd.factorize(column, sort=True)
+    return codes.astype(np.int64), pd.Index(names, name="batch")
+
+
+def _times(adata: ad.AnnData, key: str | None) -> NDArray[np.float32] | None:
+    if key is None:
+        return None
+    column = pd.to_numeric(_column(adata, key, "time").astype(str), errors="coerce")
+    if column.isna().any():
+        raise DataError(f"obs[{key!r}] holds times that are not numbers; give them in one unit, for example hours")
+    return column.to_numpy(np.float32)
+
+
+def _short(index: Any) -> str:
+    text = repr(index).replace("\n", " ")
+    return text if len(text) < 60 else text[:57] + "..."

@@ -1,0 +1,460 @@
+"""Training: one loop for every model/guide pair.
+
+The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one fused Adam over a ``torch.nn.Module``. A guide may define
+
+- ``initialise(model, data)``: called once before the first epoch;
+- ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
+- ``learning_rates``: ``{parameter name: multiple of lr}``.
+
+Every epoch draws its randomness from ``(seed, epoch)`` alone, which is why a resumed run equals the uninterrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import pandas as pd
+import pyro
+import torch
+from pyro.infer.elbo import ELBO as PyroELBO
+from torch import nn
+from tqdm import tqdm
+
+from pyrocausal import io
+from pyrocausal.data import PerturbationData
+from pyrocausal.elbo import ELBO, KLWeight
+from pyrocausal.errors import CheckpointError, ContractError, DataError
+from pyrocausal.loading import batches
+
+History: TypeAlias = pd.DataFrame
+
+
+@dataclass
+class Fit:
+    """A fitted model/guide pair and what is needed to ask it questions.
+
+    Attributes:
+        model, guide: the pair, in evaluation mode.
+        elbo: the objective as an ``nn.Module``: ``fit.elbo(batch)`` is the loss in nats for the whole training set.
+        history: one row per epoch: ``elbo`` and ``validation`` (nats per cell), ``seconds``, ``lr``, ``kl_weight``, and each site's term.
+        coords: names of genes, perturbations, batches, and the control; what the data taught the fit about itself.
+        cells_per_perturbation: training cells of each perturbation.
+        stopped: why training ended: ``"max_epochs"``, ``"early"``, ``"interrupted"`` or ``"callback"``.
+        recipe: how to build the pair again (``pc.build``), or None for a pair of the user's own.
+    """
+
+    model: nn.Module
+    guide: nn.Module
+    elbo: nn.Module
+    history: History
+    coords: dict[str, Any]
+    cells_per_perturbation: np.ndarray
+    stopped: str
+    settings: dict[str, Any]
+    recipe: dict[str, Any] | None = None
+
+    def __repr__(self) -> str:
+        last = self.history.iloc[-1] if len(self.history) else None
+        score = "" if last is None else f", ELBO {last['elbo']:.2f} nats per cell"
+        return f"Fit({type(self.model).__name__}, {len(self.history)} epochs, {self.stopped}{score})"
+
+    def save(self, path: str | Path) -> None:
+        """Write the run to a directory (JSON and ``.npz``, no pickle). An older run there is replaced only once the new one is complete."""
+        io.save_fit(self, Path(path))
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the parameters."""
+
+    epoch: int = 0
+    best: float = -math.inf
+    since_best: int = 0
+    history: list[dict[str, float]] = field(default_factory=list)
+    best_state: dict[str, torch.Tensor] | None = None
+
+
+def fit(
+    model: Any,
+    guide: Any,
+    data: PerturbationData,
+    *,
+    max_epochs: int = 100,
+    batch_size: int = 256,
+    lr: float = 3e-3,
+    learning_rates: dict[str, float] | None = None,
+    schedule: str = "cosine",
+    kl_warmup: float = 0.5,
+    validation: float | PerturbationData | None = None,
+    patience: int | None = 20,
+    objective: str | PyroELBO = "exact",
+    clip_norm: float | None = 100.0,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    checkpoint: str | Path | None = None,
+    checkpoint_every: int = 10,
+    resume: bool = False,
+    callback: Callable[[int, dict[str, float]], bool | None] | None = None,
+    progress: bool | None = None,
+) -> Fit:
+    """Fit a model and its guide to a screen by stochastic variational inference.
+
+    Args:
+        model, guide: ``nn.Module``s taking a batch: of the collection, or your own.
+        max_epochs: passes over the training cells.
+        batch_size: cells per step.
+        lr: peak learning rate of Adam.
+        learning_rates: multiples of ``lr`` by parameter name (any parameter whose dotted name ends in the key); the guide's and model's own
+            ``learning_rates`` are the defaults.
+        schedule: ``"cosine"`` (5 % warm-up, then to a hundredth) or ``"constant"``.
+        kl_warmup: share of the epochs over which the weight of all latent terms rises from 0 to 1.
+        validation: share of the cells to hold out, or held-out data; None trains on all cells and does not stop early. The held-out
+            bound charges the global terms as for the training cells, once for all of them.
+        patience: epochs without a better held-out ELBO before stopping (counted after the warm-up and after the guide's last turn); the
+            best state is kept. None never stops early.
+        objective: ``"exact"`` (our ELBO), ``"parity"`` (the published objective, if the model has one), or any ``pyro.infer`` ELBO.
+        clip_norm: bound on the norm of the gradient per cell.
+        seed: of initialisation order, minibatches and draws. The caller's random state is left as it was.
+        checkpoint: file to write the state to every ``checkpoint_every`` epochs and at the end.
+        resume: go on from ``checkpoint`` if it exists.
+        callback: ``callback(epoch, row of the history)``; a true return value stops the training.
+        progress: show the bar; by default, if standard error is a terminal.
+
+    An interrupt (Ctrl-C) ends the training and keeps the fit: ``Fit.stopped == "interrupted"``.
+
+    Raises:
+        ContractError: if the pair cannot be trained. DataError: if model and data do not match. CheckpointError: if ``checkpoint`` is
+            damaged or belongs to another run.
+    """
+    _check(model, guide, data, max_epochs, batch_size, schedule)
+    train, held = _hold_out(data, validation, seed)
+    device = torch.device(device)
+    model.to(device)
+    guide.to(device)
+    state = _State()
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        estimator = _objective(objective, model)
+        if isinstance(estimator, ELBO):
+            cells = torch.as_tensor(train.cells_per_perturbation, dtype=torch.float32, device=device)
+            estimator.cells_per_perturbation = cells
+        loss_module = estimator(model, guide)
+        if hasattr(guide, "initialise"):
+            guide.initialise(model, train)
+        _first_step(loss_module, model, guide, train, device)
+        groups = _groups(loss_module, lr, _rates(model, guide, learning_rates))
+        optimiser = torch.optim.Adam(groups, lr=lr, fused=True)
+        base_rates = [g["lr"] for g in optimiser.param_groups]
+        if resume and checkpoint is not None and Path(checkpoint).exists():
+            _restore(Path(checkpoint), loss_module, optimiser, state, seed)
+        stopped = "early" if _exhausted(state, patience, held) else "max_epochs"
+        bar = tqdm(
+            total=max_epochs,
+            initial=state.epoch,
+            desc=f"fit {type(model).__name__}",
+            unit="epoch",
+            disable=not (sys.stderr.isatty() if progress is None else progress),
+            dynamic_ncols=True,
+        )
+        settled = max(kl_warmup, getattr(guide, "turn_at", 0.0))
+        try:
+            while state.epoch < max_epochs and stopped == "max_epochs":
+                row = _epoch(
+                    loss_module, optimiser, base_rates, model, guide, train, held, state.epoch, max_epochs, batch_size, schedule, kl_warmup,
+                    clip_norm, seed, device,
+                )  # fmt: skip
+                state.epoch += 1
+                state.history.append(row)
+                _track_best(state, row, loss_module, state.epoch / max_epochs > settled, held is not None)
+                bar.update()
+                bar.set_postfix_str(f"elbo {row['elbo']:.2f}" + (f", held out {row['validation']:.2f}" if held is not None else ""))
+                if checkpoint is not None and (state.epoch % checkpoint_every == 0 or state.epoch == max_epochs):
+                    _store(Path(checkpoint), loss_module, optimiser, state, seed)
+                if callback is not None and callback(state.epoch, row):
+                    stopped = "callback"
+                elif _exhausted(state, patience, held):
+                    stopped = "early"
+        except KeyboardInterrupt:
+            stopped = "interrupted"
+        bar.close()
+        if state.best_state is not None and stopped in ("early", "max_epochs"):
+            loss_module.load_state_dict(state.best_state)
+    model.eval()
+    guide.eval()
+    return Fit(
+        model=model,
+        guide=guide,
+        elbo=loss_module,
+        history=History(state.history, index=pd.RangeIndex(1, len(state.history) + 1, name="epoch")),
+        coords=coords_of(data),
+        cells_per_perturbation=train.cells_per_perturbation,
+        stopped=stopped,
+        settings={"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "n_cells": len(train)},
+        recipe=getattr(model, "recipe", None),
+    )
+
+
+def coords_of(data: PerturbationData) -> dict[str, Any]:
+    """The names that a fit keeps of its data."""
+    return {
+        "gene": list(data.genes),
+        "perturbation": list(data.perturbations),
+        "batch": list(data.batches),
+        "control": data.control,
+        "separator": data.separator,
+        "kind": data.kind,
+        "modality": data.modality,
+    }
+
+
+# -- one epoch -----------------------------------------------------------------------------------------------------------------
+
+
+def _epoch(
+    loss_module: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    base_rates: list[float],
+    model: Any,
+    guide: Any,
+    train: PerturbationData,
+    held: PerturbationData | None,
+    epoch: int,
+    max_epochs: int,
+    batch_size: int,
+    schedule: str,
+    kl_warmup: float,
+    clip_norm: float | None,
+    seed: int,
+    device: torch.device,
+) -> dict[str, float]:
+    """One pass over the training cells, from randomness that depends on ``(seed, epoch)`` only."""
+    start = time.perf_counter()
+    rng = np.random.default_rng([seed, epoch])
+    torch.manual_seed(int(rng.integers(2**62)))
+    n, n_steps = len(train), max(1, -(-len(train) // batch_size))
+    parameters = [p for g in optimiser.param_groups for p in g["params"]]
+    total = torch.zeros((), device=device, dtype=torch.float64)
+    sites: dict[str, torch.Tensor] = {}
+    model.train()
+    guide.train()
+    weight, factor = 1.0, 1.0
+    with _quiet_validation(epoch > 0):
+        for step, batch in enumerate(batches(train, batch_size, rng.permutation(n), device=device)):
+            done = (epoch + step / n_steps) / max_epochs
+            weight = min(1.0, (done * max_epochs * n_steps + 1) / max(1.0, kl_warmup * max_epochs * n_steps))
+            factor = learning_rate_factor(done, schedule)
+            for group, base in zip(optimiser.param_groups, base_rates, strict=True):
+                group["lr"] = base * factor
+            with KLWeight(weight) if weight < 1 else nullcontext():
+                loss = loss_module(batch) / n
+            optimiser.zero_grad(set_to_none=True)
+            loss.backward()
+            if clip_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
+            optimiser.step()
+            if hasattr(guide, "after_step"):
+                guide.after_step(model, batch, done)
+            total -= loss.detach() * len(batch)
+            for name, term in _terms(loss_module).items():
+                sites[name] = sites.get(name, 0) + term * (len(batch) / n)
+    if hasattr(guide, "after_epoch"):
+        guide.after_epoch(model, (epoch + 1) / max_epochs)
+    row = {"elbo": float(total) / n, "validation": math.nan, "kl_weight": weight, "lr": base_rates[0] * factor}
+    row |= {f"site:{name}": float(term) / n for name, term in sites.items()}
+    if not math.isfinite(row["elbo"]):
+        raise ContractError(
+            f"the ELBO became {row['elbo']} in epoch {epoch + 1} (terms: {_not_finite(row)}); lower lr, or check the scale of the data"
+        )
+    if held is not None:
+        row["validation"] = held_out_elbo(loss_module, held, n_train=n, batch_size=batch_size, device=device, seed=seed)
+    row["seconds"] = time.perf_counter() - start
+    return row
+
+
+def held_out_elbo(
+    loss_module: nn.Module,
+    held: PerturbationData,
+    n_train: int,
+    batch_size: int = 256,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> float:
+    """The bound of held-out cells in nats per cell.
+
+    Local terms are averaged over the held-out cells; global terms count once for the ``n_train`` cells that they were learned from,
+    that is, ``1 / n_train`` of them per cell, as in training (a plain bound over the held-out cells would charge them
+    ``n_train / n_held`` times too much).
+    """
+    was_training = loss_module.training
+    loss_module.eval()
+    total = torch.zeros((), dtype=torch.float64, device=device)
+    with torch.random.fork_rng(), torch.no_grad(), _quiet_validation(True):
+        torch.manual_seed(seed)
+        for batch in batches(held, batch_size, n_total=n_train, device=device):
+            total -= loss_module(batch).double() / n_train * len(batch)
+    loss_module.train(was_training)
+    return float(total) / len(held)
+
+
+def learning_rate_factor(done: float, schedule: str) -> float:
+    """Multiple of the base rate after a share ``done`` of the training."""
+    if schedule == "constant":
+        return 1.0
+    warm = 0.05
+    if done < warm:
+        return 0.1 + 0.9 * done / warm
+    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
+
+
+@contextmanager
+def _quiet_validation(quiet: bool) -> Iterator[None]:
+    """Pyro's argument checks off (each is a host synchronisation); on in the first epoch, restored afterwards."""
+    before = pyro.settings.get("validate_distributions_pyro"), pyro.settings.get("validate_distributions_torch"), pyro.settings.get("validate_infer"), pyro.settings.get("validate_poutine")  # fmt: skip  # noqa: E501
+    if quiet:
+        pyro.enable_validation(False)
+    try:
+        yield
+    finally:
+        pyro.settings.set(
+            validate_distributions_pyro=before[0],
+            validate_distributions_torch=before[1],
+            validate_infer=before[2],
+            validate_poutine=before[3],
+        )
+
+
+def _terms(loss_module: nn.Module) -> dict[str, torch.Tensor]:
+    return getattr(getattr(loss_module, "elbo", None), "terms", {})
+
+
+def _not_finite(row: dict[str, float]) -> str:
+    bad = [k.removeprefix("site:") for k, v in row.items() if k.startswith("site:") and not math.isfinite(v)]
+    return ", ".join(bad) or "none separately"
+
+
+# -- setting up ----------------------------------------------------------------------------------------------------------------
+
+
+def _check(model: nn.Module, guide: nn.Module, data: PerturbationData, max_epochs: int, batch_size: int, schedule: str) -> None:
+    for name, part in (("model", model), ("guide", guide)):
+        if not isinstance(part, nn.Module):
+            raise ContractError(f"the {name} is a {type(part).__name__}; it must be an nn.Module (PyroModule) that is called with a batch")
+    if not isinstance(data, PerturbationData):
+        raise DataError(f"data is a {type(data).__name__}; make it with pc.PerturbationData.from_anndata(adata)")
+    if max_epochs < 1 or batch_size < 1:
+        raise ValueError(f"max_epochs={max_epochs} and batch_size={batch_size} were given; both must be at least 1")
+    if schedule not in ("cosine", "constant"):
+        raise ValueError(f"schedule={schedule!r} was given; it is 'cosine' or 'constant'")
+    likelihood: Any = getattr(model, "likelihood", None)
+    if getattr(likelihood, "is_counts", False) and data.kind != "counts":
+        raise DataError(
+            f"the likelihood {likelihood.name!r} is for counts, but the data are {data.kind}; "
+            "name the layer with counts in from_anndata, or use likelihood='gaussian'"
+        )
+
+
+def _hold_out(
+    data: PerturbationData, validation: float | PerturbationData | None, seed: int
+) -> tuple[PerturbationData, PerturbationData | None]:
+    if validation is None or isinstance(validation, PerturbationData):
+        return data, validation
+    return data.split("cells", test=validation, seed=seed)
+
+
+def _objective(objective: str | PyroELBO, model: nn.Module) -> PyroELBO:
+    if isinstance(objective, PyroELBO):
+        return objective
+    if objective == "exact":
+        return ELBO()
+    if objective == "parity":
+        if not hasattr(model, "parity_objective"):
+            raise ContractError(f"{type(model).__name__} has no published objective; use objective='exact'")
+        return model.parity_objective()  # type: ignore[operator]
+    raise ValueError(f"objective={objective!r} was given; it is 'exact', 'parity' or a pyro.infer ELBO")
+
+
+def _first_step(loss_module: nn.Module, model: nn.Module, guide: nn.Module, train: PerturbationData, device: torch.device) -> None:
+    """Run once with validation on: lazy parameters are made, and faults show before any work is done."""
+    store = set(pyro.get_param_store().keys())
+    with torch.no_grad():
+        loss_module(train.batch(np.arange(min(4, len(train))), n_total=len(train), device=device))
+    new = set(pyro.get_param_store().keys()) - store
+    if new:
+        raise ContractError(f"pyro.param made {sorted(new)[0]!r} in the global store; make it a PyroParam or nn.Parameter of the module")
+    if not any(p.requires_grad for p in loss_module.parameters()):
+        raise ContractError("neither model nor guide has a parameter to train; add a PyroParam or nn.Parameter")
+
+
+def _rates(model: nn.Module, guide: nn.Module, given: dict[str, float] | None) -> dict[str, float]:
+    return {**getattr(model, "learning_rates", {}), **getattr(guide, "learning_rates", {}), **(given or {})}
+
+
+def _groups(module: nn.Module, lr: float, rates: dict[str, float]) -> list[dict[str, Any]]:
+    """Adam's parameter groups: one for each learning rate."""
+    by_rate: dict[float, list[nn.Parameter]] = {}
+    met: set[str] = set()
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        keys = [k for k in rates if name.removesuffix("_unconstrained").endswith(k)]
+        met.update(keys)
+        by_rate.setdefault(rates[keys[0]] if keys else 1.0, []).append(parameter)
+    unknown = [k for k in rates if k not in met and not any(n.endswith(k) for n, _ in module.named_parameters())]
+    if unknown:
+        raise ContractError(f"learning_rates names {unknown[0]!r}, but no parameter's name ends in it")
+    return [{"params": ps, "lr": lr * rate} for rate, ps in by_rate.items()]
+
+
+# -- stopping and checkpoints ---------------------------------------------------------------------------------------------------
+
+
+def _track_best(state: _State, row: dict[str, float], loss_module: nn.Module, counting: bool, held: bool) -> None:
+    if not held or not counting:
+        return
+    if row["validation"] > state.best:
+        state.best, state.since_best = row["validation"], 0
+        state.best_state = {k: v.detach().clone() for k, v in loss_module.state_dict().items()}
+    else:
+        state.since_best += 1
+
+
+def _exhausted(state: _State, patience: int | None, held: PerturbationData | None) -> bool:
+    return held is not None and patience is not None and state.since_best >= patience
+
+
+def _store(path: Path, loss_module: nn.Module, optimiser: torch.optim.Optimizer, state: _State, seed: int) -> None:
+    arrays = {f"state/{k}": v for k, v in loss_module.state_dict().items()}
+    for i, moments in optimiser.state_dict()["state"].items():
+        arrays |= {f"optimiser/{i}/{k}": v for k, v in moments.items()}
+    if state.best_state is not None:
+        arrays |= {f"best/{k}": v for k, v in state.best_state.items()}
+    facts = {"epoch": state.epoch, "best": state.best, "since_best": state.since_best, "history": state.history, "seed": seed}
+    io.write_arrays(path, arrays, facts)
+
+
+def _restore(path: Path, loss_module: nn.Module, optimiser: torch.optim.Optimizer, state: _State, seed: int) -> None:
+    arrays, facts = io.read_arrays(path)
+    if facts.get("seed") != seed:
+        raise CheckpointError(f"{path.name!r} was written with seed={facts.get('seed')}, but seed={seed} was given; give the same seed")
+    try:
+        loss_module.load_state_dict({k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")})
+    except RuntimeError as error:
+        raise CheckpointError(f"{path.name!r} belongs to another model or guide; give the pair it was written for") from error
+    moments: dict[int, dict[str, torch.Tensor]] = {}
+    for key, value in arrays.items():
+        if key.startswith("optimiser/"):
+            _, i, name = key.split("/")
+            moments.setdefault(int(i), {})[name] = value
+    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
+    state.epoch, state.best, state.since_best = facts["epoch"], facts["best"], facts["since_best"]
+    state.history = facts["history"]
+    best = {k.removeprefix("best/"): v for k, v in arrays.items() if k.startswith("best/")}
+    state.best_state = best or None

@@ -1,0 +1,142 @@
+"""Minibatches. Counts stay sparse until the batch; the sparse pieces travel beside the dense view, so that likelihoods need not find
+the non-zeros again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyro
+import scipy.sparse as sp
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from pyrocausal.data import PerturbationData
+
+MAX_DENSITY = 0.5  # above it, the dense likelihood formula is faster than the one over non-zeros
+
+
+@dataclass(frozen=True)
+class Nonzeros:
+    """The non-zero counts of a batch, row by row.
+
+    Attributes:
+        dense: the batch's own ``x``, by identity: the pieces below are valid for this tensor only.
+        flat: positions in the flattened [n, G] matrix, [nnz] int64.
+        row: row of each, [nnz] int64.
+        gene: column of each, [nnz] int64.
+        value: the counts, [nnz].
+        log_factorial: sum over genes of lgamma(x + 1), [n].
+    """
+
+    dense: Tensor
+    flat: Tensor
+    row: Tensor
+    gene: Tensor
+    value: Tensor
+    log_factorial: Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Some cells as tensors: the one argument of every model and guide.
+
+    Attributes:
+        x: counts or expression, [n, n_genes]; None when hidden (prediction).
+        dose: treatment, [n, n_perturbations]; 0 = untreated, several non-zeros = combination.
+        library_size: total counts of the cell, [n, 1] (ones for normalised data).
+        batch_code: technical batch, [n] int64.
+        time: measurement time, [n], or None.
+        index: position of the cells in their data object, [n] int64.
+        n_total: size of the population that the cells stand for.
+        nonzeros: the sparse pieces of ``x``, or None for dense data.
+    """
+
+    x: Tensor | None
+    dose: Tensor
+    library_size: Tensor
+    batch_code: Tensor
+    time: Tensor | None
+    index: Tensor
+    n_total: int
+    nonzeros: Nonzeros | None = None
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def cells(self) -> Any:
+        """The one plate over cells: ``with batch.cells():`` (name ``cell``, dim -1, scaled from the batch to the population)."""
+        return pyro.plate("cell", self.n_total, subsample=self.index, dim=-1)
+
+    def hide(self, name: str = "x") -> Batch:
+        """The same cells with the observation hidden, so that a model samples it."""
+        if name != "x":
+            raise ValueError(f"{name!r} cannot be hidden; only 'x' can")
+        return replace(self, x=None, nonzeros=None)
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
+        """Every tensor moved; floating ones also cast."""
+
+        def move(t: Tensor) -> Tensor:
+            return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
+
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "nonzeros"}
+        moved = {k: move(v) if isinstance(v, Tensor) else v for k, v in moved.items()}
+        nz = None
+        if self.nonzeros is not None:
+            pieces = {f.name: move(getattr(self.nonzeros, f.name)) for f in fields(self.nonzeros) if f.name != "dense"}
+            nz = Nonzeros(dense=moved["x"], **pieces)
+        return Batch(**moved, nonzeros=nz)
+
+
+def make_batch(data: PerturbationData, rows: NDArray[np.int64], n_total: int, dtype: torch.dtype, device: torch.device | str) -> Batch:
+    """Cells ``rows`` of ``data`` as a batch; the sparse pieces come from the CSR in one pass, never from the dense view."""
+    n_genes = data.x.shape[1]
+    nonzeros = None
+    if sp.issparse(data.x):
+        part = data.x[rows]
+        row = np.repeat(np.arange(len(rows)), np.diff(part.indptr))
+        flat = row * n_genes + part.indices
+        dense = np.zeros(len(rows) * n_genes, np.float32)
+        dense[flat] = part.data
+        x = torch.from_numpy(dense.reshape(len(rows), n_genes)).to(dtype)
+        if data.kind == "counts" and len(flat) < MAX_DENSITY * len(dense):
+            value = torch.from_numpy(part.data).to(dtype)
+            log_factorial = torch.zeros(len(rows), dtype=dtype).index_add_(0, torch.from_numpy(row), torch.lgamma(value + 1))
+            nonzeros = Nonzeros(
+                x, torch.from_numpy(flat), torch.from_numpy(row), torch.from_numpy(part.indices.astype(np.int64)), value, log_factorial
+            )
+    else:
+        x = torch.from_numpy(np.ascontiguousarray(data.x[rows])).to(dtype)
+    batch = Batch(
+        x=x,
+        dose=torch.from_numpy(data.dose[rows].toarray()).to(dtype),
+        library_size=torch.from_numpy(data.library_size[rows]).to(dtype)[:, None],
+        batch_code=torch.from_numpy(data.batch_codes[rows]),
+        time=None if data.time is None else torch.from_numpy(data.time[rows]).to(dtype),
+        index=torch.from_numpy(rows.astype(np.int64)),
+        n_total=n_total,
+        nonzeros=nonzeros,
+    )
+    return batch if torch.device(device).type == "cpu" else batch.to(device)
+
+
+def batches(
+    data: PerturbationData,
+    batch_size: int,
+    order: NDArray[np.int64] | None = None,
+    n_total: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Iterator[Batch]:
+    """Minibatches over all cells in the given order (their own if None); the last one may be smaller.
+
+    Batches differ by at most one cell in size, so that no cell weighs much more than another through a small last batch.
+    """
+    rows = np.arange(len(data)) if order is None else order
+    for part in np.array_split(rows, max(1, -(-len(rows) // batch_size))):
+        yield make_batch(data, part, len(data) if n_total is None else n_total, dtype, device)
