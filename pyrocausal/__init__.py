@@ -16,9 +16,34 @@ from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO
 from pyrocausal.fit import Fit, fit
+from pyrocausal.interventions import activate, do, flip_target, knockdown, knockout, perturb, silence, sites, untreated
 from pyrocausal.io import load
+from pyrocausal.query import counterfactual, effects, interventional, to_anndata
 
-__all__ = ["ELBO", "Fit", "PerturbationData", "build", "fit", "guides", "load", "models", "simulate"]
+__all__ = [
+    "ELBO",
+    "Fit",
+    "PerturbationData",
+    "activate",
+    "build",
+    "counterfactual",
+    "do",
+    "effects",
+    "fit",
+    "flip_target",
+    "guides",
+    "interventional",
+    "knockdown",
+    "knockout",
+    "load",
+    "models",
+    "perturb",
+    "silence",
+    "simulate",
+    "sites",
+    "to_anndata",
+    "untreated",
+]
 
 
 def __getattr__(name: str) -> _ModuleType:

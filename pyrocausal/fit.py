@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -32,7 +32,7 @@ from pyrocausal import io
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO, KLWeight
 from pyrocausal.errors import CheckpointError, ContractError, DataError
-from pyrocausal.loading import batches
+from pyrocausal.loading import Batch, batches
 
 History: TypeAlias = pd.DataFrame
 
@@ -47,6 +47,8 @@ class Fit:
         history: one row per epoch: ``elbo`` and ``validation`` (nats per cell), ``seconds``, ``lr``, ``kl_weight``, and each site's term.
         coords: names of genes, perturbations, batches, and the control; what the data taught the fit about itself.
         cells_per_perturbation: training cells of each perturbation.
+        reference: up to 64 control cells of the training set, the covariates of fresh cells.
+        vectorises: whether queries can run all draws at once; found by the first query.
         stopped: why training ended: ``"max_epochs"``, ``"early"``, ``"interrupted"`` or ``"callback"``.
         recipe: how to build the pair again (``pc.build``), or None for a pair of the user's own.
     """
@@ -59,7 +61,9 @@ class Fit:
     cells_per_perturbation: np.ndarray
     stopped: str
     settings: dict[str, Any]
+    reference: Batch
     recipe: dict[str, Any] | None = None
+    vectorises: bool | None = None
 
     def __repr__(self) -> str:
         last = self.history.iloc[-1] if len(self.history) else None
@@ -198,8 +202,18 @@ def fit(
         cells_per_perturbation=train.cells_per_perturbation,
         stopped=stopped,
         settings={"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "n_cells": len(train)},
+        reference=reference_cells(train),
         recipe=getattr(model, "recipe", None),
     )
+
+
+def reference_cells(train: PerturbationData, n: int = 64) -> Batch:
+    """Control cells spread evenly over the training set (any cells if it has no control)."""
+    rows = np.flatnonzero(train.is_control)
+    rows = rows if len(rows) else np.arange(len(train))
+    rows = rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
+    batch = train.batch(rows, n_total=len(train))
+    return replace(batch, dose=torch.zeros_like(batch.dose), nonzeros=None)
 
 
 def coords_of(data: PerturbationData) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import os
 import shutil
 import tempfile
 import zipfile
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +65,10 @@ def save_fit(fit: Fit, path: Path) -> None:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
     state = {f"model/{k}": v for k, v in fit.model.state_dict().items()} | {f"guide/{k}": v for k, v in fit.guide.state_dict().items()}
     write_arrays(temporary / "state.npz", state, {"format": FORMAT})
+    cells = {f.name: getattr(fit.reference, f.name) for f in fields(fit.reference)}
+    write_arrays(
+        temporary / "reference.npz", {k: v for k, v in cells.items() if isinstance(v, torch.Tensor)}, {"n_total": cells["n_total"]}
+    )
     facts = {
         "format": FORMAT,
         "model": type(fit.model).__name__,
@@ -104,6 +109,7 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
     from pyrocausal.collection import build_from
     from pyrocausal.elbo import ELBO
     from pyrocausal.fit import Fit
+    from pyrocausal.loading import Batch
 
     path = Path(path)
     if not (path / "run.json").is_file():
@@ -120,6 +126,7 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
             )
         model, guide = build_from(facts["recipe"])
     arrays, _ = read_arrays(path / "state.npz")
+    cells, population = read_arrays(path / "reference.npz")
     try:
         for name, part in (("model/", model), ("guide/", guide)):
             part.load_state_dict({k.removeprefix(name): v for k, v in arrays.items() if k.startswith(name)})
@@ -136,5 +143,6 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
         cells_per_perturbation=np.array(facts["cells_per_perturbation"]),
         stopped=facts["stopped"],
         settings=facts["settings"],
+        reference=Batch(**{"x": None, "time": None, **cells, **population}),
         recipe=facts["recipe"],
     )

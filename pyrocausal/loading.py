@@ -78,6 +78,11 @@ class Batch:
             raise ValueError(f"{name!r} cannot be hidden; only 'x' can")
         return replace(self, x=None, nonzeros=None)
 
+    def rows(self, index: list[int]) -> Batch:
+        """Some of the cells (repeats allowed); the sparse pieces are dropped."""
+        picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
+        return replace(self, nonzeros=None, **picked)
+
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """Every tensor moved; floating ones also cast."""
 

@@ -1,0 +1,222 @@
+"""Many worlds in one run: the same cells, the same noise, K interventions, S posterior draws.
+
+A model is written for one world. Here it runs under two outer plates, ``draw`` (dim -3) and ``intervention`` (dim -2), with the values of
+``pyro.do`` broadcast along them, so that one pass of the decoder answers K questions for S draws. Latent sites keep the value that they had
+in the base world (:class:`Twin`), whence worlds differ by the intervention alone.
+
+A model whose arithmetic does not broadcast over draws (``dose @ table`` with a sampled table; see
+:func:`pyrocausal.structural.mechanism_shift`) is recognised by a trial run and served draw by draw, with the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyrocausal.elbo import _deterministic
+from pyrocausal.errors import ContractError, InterventionError
+from pyrocausal.interventions import Intervention, compile_sites
+from pyrocausal.loading import Batch
+
+MAX_ROWS = 4096  # cells x draws x interventions that go through the model at once
+
+
+@dataclass
+class Base:
+    """A base world: the cells as they are (or fresh ones), for S draws.
+
+    Attributes:
+        batch: the cells, observation hidden.
+        values: value of each latent site; locals [S, 1, n, ...], globals [S, 1, 1, ...] (without the leading S, 1 when ``draws`` is None).
+        trace: trace of the model, whose sites hold the base laws.
+        draws: S, or None for a single draw served without plates.
+        uniform: uniform numbers that decide where a perturbation takes, [S, n, P] (or [n, P]).
+    """
+
+    batch: Batch
+    values: dict[str, Tensor]
+    trace: Any
+    draws: int | None
+    uniform: Tensor
+
+    @property
+    def law(self) -> Any:
+        """The law of the observation, batch shape [S, 1, n] or [n]."""
+        return self.trace.nodes["x"]["fn"]
+
+
+class _Quiet(Messenger):
+    """The observation is not sampled: its mean stands in for it."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] == "x" and not msg["done"]:
+            msg["value"] = msg["fn"].mean
+            msg["done"] = True
+
+
+class Twin(Messenger):
+    """Latent sites keep what they had in the base world.
+
+    A site whose law the intervention does not touch keeps its value, bit for bit. A location-scale site whose law it moves keeps its
+    standardised residual: ``v' = v + (loc' - loc) + (scale' - scale) (v - loc) / scale``. Another site whose law it moves is drawn afresh
+    from the new law (``strict=False``), or refused (``strict=True``: a counterfactual would not be about this cell).
+    """
+
+    def __init__(self, base: Base, strict: bool) -> None:
+        super().__init__()
+        self.base = base
+        self.strict = strict
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        if name not in self.base.values or msg["is_observed"] or msg["done"]:
+            return
+        value, old, new = self.base.values[name], self.base.trace.nodes[name]["fn"], msg["fn"]
+        old_loc, old_scale = _location_scale(old)
+        new_loc, new_scale = _location_scale(new)
+        if old_loc is not None and new_loc is not None:
+            residual = (value - old_loc) / old_scale
+            moved = value + (new_loc - old_loc) + (new_scale - old_scale) * residual
+            msg["value"] = moved if moved.shape != value.shape else torch.where(moved == value, value, moved)
+        elif _same_law(old, new):
+            msg["value"] = value
+        elif self.strict:
+            raise InterventionError(
+                f"the intervention moves the law of the site {name!r} ({type(new).__name__}), whose noise cannot be carried over to the "
+                "counterfactual; ask for interventional() instead"
+            )
+        else:
+            return
+        msg["done"] = True
+
+
+def _location_scale(fn: Any) -> tuple[Any, Any]:
+    while hasattr(fn, "base_dist") and hasattr(fn, "reinterpreted_batch_ndims"):
+        fn = fn.base_dist
+    if type(fn).__name__ in ("Normal", "Laplace", "Cauchy", "StudentT", "Gumbel"):
+        return fn.loc, fn.scale
+    return None, None
+
+
+def _same_law(a: Any, b: Any) -> bool:
+    while hasattr(a, "base_dist") and hasattr(b, "base_dist"):
+        a, b = a.base_dist, b.base_dist
+    if type(a) is not type(b):
+        return False
+    for name in a.arg_constraints:
+        x, y = a.__dict__.get(name), b.__dict__.get(name)
+        if (x is None) != (y is None):
+            return False
+        if isinstance(x, Tensor) and isinstance(y, Tensor):
+            x, y = torch.broadcast_tensors(x, y)
+            if not torch.equal(x, y):
+                return False
+    return True
+
+
+@contextmanager
+def _plates(draws: int | None, interventions: int | None) -> Iterator[None]:
+    with ExitStack() as stack:
+        if draws is not None:
+            stack.enter_context(pyro.plate("draw", draws, dim=-3))
+        if interventions is not None:
+            stack.enter_context(pyro.plate("intervention", interventions, dim=-2))
+        yield
+
+
+def latents(trace: Any, local: bool | None = None) -> dict[str, Tensor]:
+    """Values of the latent sample sites of a trace; only those inside (or outside) the plate over cells if ``local`` is given."""
+    out = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or site["is_observed"] or _deterministic(site) or type(site["fn"]) is _Subsample or name == "x":
+            continue
+        if local is None or local == any(f.name == "cell" for f in site["cond_indep_stack"]):
+            out[name] = site["value"]
+    return out
+
+
+def fresh_base(model: Callable[..., Any], guide: Callable[..., Any], example: Batch, population: Batch, draws: int | None) -> Base:
+    """Fresh untreated cells: globals from the guide, everything local from the model.
+
+    Args:
+        example: cells with their expression, so that any guide can run.
+        population: covariates of the fresh cells; its dose is the base treatment.
+    """
+    with torch.no_grad():
+        with _plates(draws, None):
+            guided = poutine.trace(guide).get_trace(example)
+        return _run_base(model, latents(guided, local=False), population, draws)
+
+
+def factual_base(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, draws: int | None) -> Base:
+    """The measured cells themselves: globals and locals from the guide (abduction), treatment as it was."""
+    with torch.no_grad():
+        with _plates(draws, None):
+            guided = poutine.trace(guide).get_trace(batch)
+        return _run_base(model, latents(guided), batch, draws)
+
+
+def _run_base(model: Callable[..., Any], values: dict[str, Tensor], batch: Batch, draws: int | None) -> Base:
+    hidden = batch.hide()
+    with _plates(draws, None), poutine.trace() as tracer, _Quiet(), poutine.condition(data=values):
+        model(hidden)
+    trace = tracer.trace
+    if "x" not in trace.nodes:
+        raise ContractError("the model has no site 'x'; write pyro.sample('x', ..., obs=batch.x) in the plate over cells")
+    sampled = {n: s["value"] for n, s in trace.nodes.items() if n in values or n in latents(trace)}
+    lead = () if draws is None else (draws,)
+    uniform = torch.rand(*lead, len(batch), batch.dose.shape[-1], dtype=batch.dose.dtype, device=batch.dose.device)
+    return Base(hidden, sampled, trace, draws, uniform)
+
+
+def intervened_law(
+    model: Callable[..., Any], base: Base, interventions: Sequence[Intervention], perturbations: Sequence[str], strict: bool
+) -> tuple[Any, Tensor]:
+    """The law of the observation in each of K worlds, batch shape [S, K, n] (or [K, n]), and where a world is the base world.
+
+    Returns:
+        ``(law, same)``: ``same`` [S or 1, K, n] is true for cells whose intervened sites have the very values of the base world.
+    """
+    given = {k: v for k, v in base.values.items() if k in ("mask", "effect")}
+    sites = [n for n, s in base.trace.nodes.items() if s["type"] == "sample"]
+    with torch.no_grad():
+        values = compile_sites(interventions, perturbations, base.batch.dose, given, sites, base.uniform)
+        with _plates(base.draws, len(interventions)), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
+            pyro.do(model, data=values)(base.batch)
+    same = (values["dose"] == base.batch.dose).all(-1)
+    for name in values.keys() - {"dose"}:
+        before = base.trace.nodes[name]["value"]
+        before = before[None, None] if name in given and before.dim() == 2 else before
+        equal = (values[name] == before).all(-1)
+        same = same & (equal.all(-1) if name in given else equal)
+    return tracer.trace.nodes["x"]["fn"], same
+
+
+def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Batch, perturbations: Sequence[str]) -> bool:
+    """Whether the pair broadcasts over draws: two draws at once equal the same two draws one by one."""
+    acts = [Intervention(doses=()), Intervention(doses=((perturbations[0], 1.0),))]
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        try:
+            base = factual_base(model, guide, example, 2)
+            law, _ = intervened_law(model, base, acts, perturbations, strict=False)
+            if law.batch_shape != (2, 2, len(example)):
+                return False
+            for s in range(2):
+                values = {k: v[s].reshape(v.shape[2:]) if v.shape[2] != 1 or v.dim() == 4 else v[s, 0, 0] for k, v in base.values.items()}
+                one = _run_base(model, values, example, None)
+                single, _ = intervened_law(model, one, acts, perturbations, strict=False)
+                if not torch.allclose(single.mean, law.mean[s], rtol=1e-3, atol=1e-5):
+                    return False
+        except (RuntimeError, ValueError, IndexError, NotImplementedError):
+            return False
+    return True
