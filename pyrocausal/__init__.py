@@ -12,12 +12,14 @@ import pyro as _pyro
 _pyro.settings.set(module_local_params=True)
 
 from pyrocausal import simulate
+from pyrocausal.check import check_model
 from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO
 from pyrocausal.fit import Fit, fit
 from pyrocausal.interventions import activate, do, flip_target, knockdown, knockout, perturb, silence, sites, untreated
 from pyrocausal.io import load
+from pyrocausal.posterior import iwelbo, to_inference_data, to_networkx
 from pyrocausal.query import counterfactual, effects, interventional, to_anndata
 
 __all__ = [
@@ -26,6 +28,7 @@ __all__ = [
     "PerturbationData",
     "activate",
     "build",
+    "check_model",
     "counterfactual",
     "do",
     "effects",
@@ -33,6 +36,7 @@ __all__ = [
     "flip_target",
     "guides",
     "interventional",
+    "iwelbo",
     "knockdown",
     "knockout",
     "load",
@@ -42,6 +46,8 @@ __all__ = [
     "simulate",
     "sites",
     "to_anndata",
+    "to_inference_data",
+    "to_networkx",
     "untreated",
 ]
 

@@ -10,8 +10,8 @@ word                                       compiles to
 ``silence("KLF1")``                        ``{"effect": ...}`` with one row set to zero
 =========================================  =====================================================================================
 
-Interventions are values: ``a & b == b & a``, ``a & a == a``, and ``(a & b) & c == a & (b & c)``. A ``dose`` replaces the whole treatment of a
-cell; ``flip_target`` and ``silence`` leave the treatment as it was.
+Interventions are values: ``a & b == b & a``, ``a & a == a``, and ``(a & b) & c == a & (b & c)``. A ``dose`` replaces the whole treatment
+of a cell; ``flip_target`` and ``silence`` leave the treatment as it was.
 """
 
 from __future__ import annotations

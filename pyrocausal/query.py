@@ -166,7 +166,7 @@ def counterfactual(
 
 
 def to_anndata(result: xr.Dataset, draw: int | None = None) -> Any:
-    """A result of :func:`counterfactual` or :func:`interventional` as AnnData: one layer per intervention (mean over draws, or one draw)."""
+    """A result of :func:`counterfactual` or :func:`interventional` as AnnData: a layer per intervention (mean over draws, or one draw)."""
     import anndata as ad
     import pandas as pd
 

@@ -188,17 +188,22 @@ def intervened_law(
     """
     given = {k: v for k, v in base.values.items() if k in ("mask", "effect")}
     sites = [n for n, s in base.trace.nodes.items() if s["type"] == "sample"]
-    with torch.no_grad():
-        values = compile_sites(interventions, perturbations, base.batch.dose, given, sites, base.uniform)
-        with _plates(base.draws, len(interventions)), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
-            pyro.do(model, data=values)(base.batch)
+    values = compile_sites(interventions, perturbations, base.batch.dose, given, sites, base.uniform)
+    law = law_under(model, base, values, len(interventions), strict)
     same = (values["dose"] == base.batch.dose).all(-1)
     for name in values.keys() - {"dose"}:
         before = base.trace.nodes[name]["value"]
         before = before[None, None] if name in given and before.dim() == 2 else before
         equal = (values[name] == before).all(-1)
         same = same & (equal.all(-1) if name in given else equal)
-    return tracer.trace.nodes["x"]["fn"], same
+    return law, same
+
+
+def law_under(model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool) -> Any:
+    """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds."""
+    with torch.no_grad(), _plates(base.draws, n_worlds), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
+        pyro.do(model, data=values)(base.batch)
+    return tracer.trace.nodes["x"]["fn"]
 
 
 def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Batch, perturbations: Sequence[str]) -> bool:

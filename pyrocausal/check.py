@@ -1,0 +1,269 @@
+"""Does a model/guide pair keep the contract? A report in plain words, before any time is spent on training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import nn
+
+from pyrocausal.data import PerturbationData
+from pyrocausal.elbo import _deterministic, _sample_sites
+from pyrocausal.loading import Batch
+from pyrocausal.posterior import RESERVED_DIMS
+from pyrocausal.worlds import vectorises
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        level: ``"error"`` (training or queries would fail or be wrong), ``"warning"`` (a query is lost), ``"note"``.
+        site: the site it is about, or an empty string.
+        message: what is the case, and the mend.
+    """
+
+    level: str
+    site: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`check_model` found; ``print`` it. True if there is no error."""
+
+    findings: tuple[Finding, ...]
+
+    def __bool__(self) -> bool:
+        return not any(f.level == "error" for f in self.findings)
+
+    def __str__(self) -> str:
+        verdict = "the pair keeps the contract" if self else "the pair does not keep the contract"
+        return "\n".join([f"check_model: {verdict}", *(f"  {f.level}: {f.message}" for f in self.findings)])
+
+    __repr__ = __str__
+
+    def about(self, level: str) -> list[str]:
+        """Messages of one level."""
+        return [f.message for f in self.findings if f.level == level]
+
+
+def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> Report:
+    """Run the pair on a few cells and say what is missing or wrong.
+
+    Looks at: the observation and its plate; the scale of the plate over cells; latents that the guide forgets, and the reverse; parameters where a site belongs; whether ``do(dose)`` reaches the observation; hidden observations; guides that cannot serve new cells;
+    finite log-probabilities; named dimensions; broadcasting over draws.
+    """
+    findings: list[Finding] = []
+    n_total = 10 * len(data)
+    cells = [int(i) for i in torch.linspace(0, len(data) - 1, min(4, len(data))).tolist()]
+    batch = data.batch(cells, n_total=n_total)
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        guided = _trace(guide, batch, "guide", findings)
+        modelled = None
+        if guided is not None:
+            modelled = _trace(poutine.replay(model, trace=guided), batch, "model", findings)
+        if modelled is not None and guided is not None:
+            _observation(modelled, batch, n_total, findings)
+            _latents(modelled, guided, findings)
+            _parameters(modelled, findings)
+            _finite(modelled, guided, findings)
+            _dimensions(modelled, findings)
+            if "x" in modelled.nodes and "dose" in modelled.nodes:
+                _dose(model, modelled, batch, findings)
+            _hidden(model, batch, findings)
+            _new_cells(guide, data, n_total, findings)
+    if not any(f.level == "error" for f in findings):
+        fast = len(data) > 1 and vectorises(model, guide, batch.rows([0, 1]), list(data.perturbations))
+        text = (
+            "draws run in one pass"
+            if fast
+            else "draws run one by one, for the arithmetic does not broadcast over them; pyrocausal.structural.mechanism_shift does"
+        )
+        findings.append(Finding("note", "", text))
+    return Report(tuple(findings))
+
+
+def _trace(fn: Any, batch: Batch, what: str, findings: list[Finding]) -> Any:
+    store = set(pyro.get_param_store().keys())
+    try:
+        trace = poutine.trace(fn).get_trace(batch)
+        trace.compute_log_prob()
+    except Exception as error:  # whatever the author's code raises is the finding
+        text = str(error).strip().splitlines()
+        findings.append(Finding("error", "", f"the {what} fails on a batch of cells: {type(error).__name__}: {text[0] if text else ''}"))
+        return None
+    for name in sorted(set(pyro.get_param_store().keys()) - store):
+        findings.append(
+            Finding(
+                "error",
+                name,
+                f"pyro.param({name!r}) in the {what} lives in Pyro's global store, where another model can overwrite it; "
+                f"make it a PyroParam of the module (or, to intervene on it, a sample or deterministic site)",
+            )
+        )
+        del pyro.get_param_store()[name]
+    return trace
+
+
+def _observation(trace: Any, batch: Batch, n_total: int, findings: list[Finding]) -> None:
+    site = trace.nodes.get("x")
+    if site is None or site["type"] != "sample":
+        findings.append(
+            Finding("error", "x", "the model has no site 'x'; write pyro.sample('x', law, obs=batch.x) in the plate over cells")
+        )
+        return
+    if not site["is_observed"]:
+        findings.append(Finding("error", "x", "the site 'x' is not observed; pass obs=batch.x to pyro.sample('x', ...)"))
+    frames = [f.name for f in site["cond_indep_stack"]]
+    if "cell" not in frames:
+        findings.append(Finding("error", "x", "the site 'x' is in no plate over cells; put it under `with batch.cells():`"))
+        return
+    if abs(float(site["scale"]) * len(batch) / n_total - 1) > 1e-6:
+        findings.append(
+            Finding(
+                "error",
+                "x",
+                f"the plate 'cell' does not scale the batch to the population (scale {float(site['scale']):g}, expected "
+                f"{n_total / len(batch):g}), so priors would weigh too much; use `with batch.cells():`",
+            )
+        )
+    if site["fn"].event_shape != batch.x.shape[1:]:  # type: ignore[union-attr]
+        findings.append(
+            Finding(
+                "error",
+                "x",
+                f"the site 'x' has event shape {tuple(site['fn'].event_shape)}, expected ({batch.x.shape[1]},); "  # type: ignore[union-attr]
+                "make the genes an event with .to_event(1)",
+            )
+        )
+    if "dose" not in trace.nodes:
+        findings.append(
+            Finding(
+                "error",
+                "dose",
+                "the model has no site 'dose', so no intervention can reach it; "
+                "write dose = pyro.deterministic('dose', batch.dose, event_dim=1) in the plate over cells",
+            )
+        )
+
+
+def _latents(modelled: Any, guided: Any, findings: list[Finding]) -> None:
+    in_model = {n for n, s in _sample_sites(modelled) if not s["is_observed"]}
+    in_guide = {n for n, _ in _sample_sites(guided)}
+    for name in sorted(in_model - in_guide):
+        findings.append(
+            Finding("error", name, f"the model samples {name!r}, but the guide forgets it; add pyro.sample({name!r}, ...) to the guide")
+        )
+    for name in sorted(in_guide - in_model):
+        findings.append(Finding("error", name, f"the guide samples {name!r}, which the model does not have; rename it or remove it"))
+    for name in sorted(in_guide & in_model):
+        ours, theirs = guided.nodes[name]["fn"].event_dim, modelled.nodes[name]["fn"].event_dim
+        if ours != theirs:
+            findings.append(
+                Finding(
+                    "error",
+                    name,
+                    f"{name!r} has {theirs} event dimensions in the model and {ours} in the guide; use .to_event({theirs}) in both",
+                )
+            )
+
+
+def _parameters(trace: Any, findings: list[Finding]) -> None:
+    for name, site in trace.nodes.items():
+        short = name.split(".")[-1]
+        if site["type"] == "param" and short in RESERVED_DIMS and short not in ("x", "dose"):
+            findings.append(
+                Finding(
+                    "error",
+                    short,
+                    f"{short!r} is a parameter, which pyro.do cannot reach; make it a site, pyro.sample({short!r}, prior) or "
+                    f"pyro.deterministic({short!r}, value)",
+                )
+            )
+
+
+def _finite(modelled: Any, guided: Any, findings: list[Finding]) -> None:
+    for what, trace in (("model", modelled), ("guide", guided)):
+        for name, site in _sample_sites(trace):
+            if not bool(torch.isfinite(site["log_prob_sum"])):
+                findings.append(
+                    Finding(
+                        "error", name, f"the log-probability of {name!r} in the {what} is {float(site['log_prob_sum'])}; check its support"
+                    )
+                )
+
+
+def _dimensions(trace: Any, findings: list[Finding]) -> None:
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]) is _Subsample or _deterministic(site):
+            continue
+        n = site["fn"].event_dim
+        declared = site["infer"].get("event_dims") or RESERVED_DIMS.get(name, ())
+        if n and len(declared) != n:
+            findings.append(
+                Finding(
+                    "warning",
+                    name,
+                    f"the {n} event dimensions of {name!r} have no names; declare infer={{'event_dims': (...)}} with {n} names",
+                )
+            )
+
+
+def _dose(model: Any, trace: Any, batch: Batch, findings: list[Finding]) -> None:
+    values = {n: s["value"] for n, s in _sample_sites(trace) if not s["is_observed"]}
+    fixed = poutine.condition(model, data=values)
+    laws = []
+    for amount in (0.0, 1.0):
+        intervened = pyro.do(fixed, data={"dose": torch.full_like(batch.dose, amount)})
+        laws.append(poutine.trace(intervened).get_trace(batch))
+    moved = any(
+        not torch.equal(laws[0].nodes[n]["fn"].mean, laws[1].nodes[n]["fn"].mean)
+        for n in laws[0].nodes
+        if laws[0].nodes[n]["type"] == "sample" and n != "dose" and not _is_constant(laws[0].nodes[n]) and n in laws[1].nodes
+    )
+    if not moved:
+        findings.append(
+            Finding("error", "dose", "do(dose) changes nothing downstream; use the value of the site 'dose' in the model, not batch.dose")
+        )
+
+
+def _is_constant(site: dict[str, Any]) -> bool:
+    return type(site["fn"]) is _Subsample or _deterministic(site) or not hasattr(site["fn"], "mean")
+
+
+def _hidden(model: Any, batch: Batch, findings: list[Finding]) -> None:
+    try:
+        model(batch.hide())
+    except Exception as error:
+        findings.append(
+            Finding(
+                "error",
+                "x",
+                f"the model fails when the observation is hidden (batch.x is None, {type(error).__name__}), so it cannot predict; "
+                "read batch.x only as obs=batch.x",
+            )
+        )
+
+
+def _new_cells(guide: Any, data: PerturbationData, n_total: int, findings: list[Finding]) -> None:
+    if len(data) < 3:
+        return
+    try:
+        guide(data.batch([0, 1, 2], n_total=n_total))
+        guide(data.batch([len(data) - 1], n_total=n_total))
+    except Exception as error:
+        findings.append(
+            Finding(
+                "error",
+                "",
+                f"the guide cannot serve batches of another size or other cells ({type(error).__name__}); amortise it: "
+                "an encoder of batch.x in place of a parameter per cell",
+            )
+        )

@@ -1,0 +1,341 @@
+"""The posterior as ArviZ and NetworkX see it, and the evidence of held-out cells.
+
+Draws are independent draws from the guide, not a Markov chain: R-hat and effective sample size of ``az.summary`` say nothing about
+convergence here; the ELBO trace (``sample_stats``) and ``az.loo`` do.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import networkx as nx
+import numpy as np
+import pyro.poutine as poutine
+import torch
+import xarray as xr
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyrocausal.data import PerturbationData
+from pyrocausal.elbo import _sample_sites
+from pyrocausal.errors import InterventionError
+from pyrocausal.fit import Fit
+from pyrocausal.loading import Batch
+from pyrocausal.query import MAX_BYTES, _chunks, _device, _fresh, _population, _same_names, _seeded, _unit, _vectorises
+from pyrocausal.worlds import MAX_ROWS, _plates, factual_base, latents, law_under
+
+RESERVED_DIMS = {
+    "dose": ("perturbation",),
+    "hit": ("perturbation",),
+    "penetrance": ("perturbation",),
+    "mask": ("perturbation", "latent"),
+    "effect": ("perturbation", "latent"),
+    "graph": ("latent", "latent_to"),
+    "shift": ("latent",),
+    "z": ("latent",),
+    "clamp": ("latent",),
+    "u": ("latent",),
+    "x_loc": ("gene",),
+    "x": ("gene",),
+}
+
+
+def site_dims(fit: Fit) -> dict[str, tuple[str, ...]]:
+    """Names of the event dimensions of each site: declared in ``infer={"event_dims": ...}``, reserved by the contract, or numbered."""
+    batch = fit.reference.to(_device(fit)).rows([0])
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trace = poutine.trace(fit.model).get_trace(batch)
+    out = {}
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or type(site["fn"]) is _Subsample:
+            continue
+        n = site["fn"].event_dim
+        declared = site["infer"].get("event_dims") or RESERVED_DIMS.get(name, ())
+        out[name] = tuple(declared) if len(declared) == n else tuple(f"{name}_dim_{i}" for i in range(n))
+    return out
+
+
+def to_inference_data(
+    fit: Fit,
+    draws: int = 500,
+    cells: PerturbationData | None = None,
+    *,
+    predictive_draws: int = 50,
+    particles: int = 10,
+    local: bool = False,
+    seed: int = 0,
+) -> Any:
+    """The fit as ``arviz.InferenceData`` (``xarray.DataTree`` under ArviZ 1.x).
+
+    Args:
+        draws: posterior draws.
+        cells: cells for the groups about cells; without them there are ``posterior`` and ``sample_stats`` only.
+        predictive_draws: draws of ``posterior_predictive`` (the large one: draws x cells x genes).
+        particles: importance samples that integrate each cell's latent state out of ``log_likelihood``.
+        local: also store the cells' latent sites in ``posterior``.
+
+    Returns:
+        Groups and variables:
+
+        - ``posterior``: every global latent site, dims ``(chain, draw, ...)`` by the names of its plates and events, and ``net_effect``,
+          which is ``mask * effect`` (an effect without target follows its prior);
+        - ``posterior_predictive``: ``x`` (chain, draw, cell, gene);
+        - ``observed_data``: ``x`` (cell, gene); ``constant_data``: ``dose`` (cell, perturbation), ``library_size`` and
+          ``batch_code`` (cell);
+        - ``log_likelihood``: ``x`` (chain, draw, cell), ``log p(x_n | globals)`` with the cell's latent state integrated out (importance
+          sampling from the guide), as ``az.loo`` needs it;
+        - ``sample_stats``: ``elbo`` and ``elbo_validation`` (epoch), nats per cell.
+    """
+    dims = site_dims(fit)
+    if cells is not None:
+        _same_names(fit, cells)
+        size = 4 * predictive_draws * len(cells) * len(fit.coords["gene"]) + 8 * draws * len(cells)
+        if size > MAX_BYTES:
+            raise InterventionError(f"the groups about cells would take {size / 2**30:.1f} GiB; pass fewer cells or predictive_draws")
+    with _seeded(seed, fit):
+        tables = global_draws(fit, draws)
+        net = {"net_effect": tables["mask"] * tables["effect"]} if {"mask", "effect"} <= tables.keys() else {}
+        groups: dict[str, Any] = {"posterior": {k: v[None] for k, v in (tables | net).items()}}
+        dims |= {"net_effect": dims.get("effect", ())}
+        all_dims = {k: ("chain", "draw", *dims.get(k, _numbered(k, v, 1))) for k, v in (tables | net).items()}
+        if cells is not None:
+            x, states = _predictive(fit, cells, predictive_draws, local)
+            if local:
+                _add_states(groups, all_dims, states, draws, dims, fit, cells)
+            groups |= {
+                "posterior_predictive": {"x": x[None]},
+                "log_likelihood": {"x": log_likelihood(fit, cells, tables, particles)[None]},
+                "observed_data": {"x": cells.dense()},
+                "constant_data": {"dose": cells.dose.toarray(), "library_size": cells.library_size, "batch_code": cells.batch_codes},
+            }
+    epochs = fit.history.index.to_numpy()
+    groups["sample_stats"] = {"elbo": fit.history["elbo"].to_numpy(), "elbo_validation": fit.history["validation"].to_numpy()}
+    fixed = {
+        ("log_likelihood", "x"): ("chain", "draw", "cell"),
+        ("posterior_predictive", "x"): ("chain", "draw", "cell", "gene"),
+        ("observed_data", "x"): ("cell", "gene"),
+        ("constant_data", "dose"): ("cell", "perturbation"),
+        ("constant_data", "library_size"): ("cell",),
+        ("constant_data", "batch_code"): ("cell",),
+        ("sample_stats", "elbo"): ("epoch",),
+        ("sample_stats", "elbo_validation"): ("epoch",),
+    }
+    names: dict[str, Any] = {k: fit.coords[k] for k in ("gene", "perturbation")} | {"epoch": epochs}
+    if cells is not None:
+        names["cell"] = list(cells.cells)
+    note = {"sampler": "independent draws from the guide", "inference_library": "pyrocausal"}
+    datasets = {g: _dataset(g, variables, fixed, all_dims, names, note) for g, variables in groups.items()}
+    return _bundle(datasets)
+
+
+def global_draws(fit: Fit, draws: int) -> dict[str, np.ndarray]:
+    """Posterior draws of the latent sites outside the plate over cells, [draws, ...event]; consumes the current random state."""
+    example = fit.reference.to(_device(fit)).rows([0])
+    with torch.no_grad():
+        if _vectorises(fit):
+            with _plates(draws, None):
+                trace = poutine.trace(fit.guide).get_trace(example)
+            drawn = {k: v.expand(draws, *v.shape[1:]).reshape(draws, *v.shape[3:]) for k, v in latents(trace, local=False).items()}
+        else:
+            each = [latents(poutine.trace(fit.guide).get_trace(example), local=False) for _ in range(draws)]
+            drawn = {k: torch.stack([e[k] for e in each]) for k in each[0]}
+    return {k: v.cpu().numpy() for k, v in drawn.items()}
+
+
+def log_likelihood(fit: Fit, cells: PerturbationData, tables: dict[str, np.ndarray], particles: int = 10) -> np.ndarray:
+    """``log p(x_n | globals_s)``, [draws, n_cells]: the cell's latent state integrated out by importance sampling from the guide.
+
+    ``log (1/M) sum_m p(x_n | z_m) p(z_m) / q(z_m | x_n, globals_s)``, a lower bound in expectation that is tight in M.
+    """
+    draws = len(next(iter(tables.values()))) if tables else 1
+    out = np.empty((draws, len(cells)))
+    vectorised = _vectorises(fit)
+    for low, high in _chunks(len(cells), MAX_ROWS // (4 * particles)):
+        batch = cells.batch(np.arange(low, high), device=_device(fit))
+        for start, stop in _chunks(draws, max(1, MAX_ROWS // ((high - low) * particles)) if vectorised else 1):
+            given = {k: torch.as_tensor(v[start:stop], device=_device(fit)) for k, v in tables.items()}
+            weights = _log_weights(fit, batch, particles, given, vectorised)  # [particles, draws, n]
+            out[start:stop, low:high] = (weights.logsumexp(0) - math.log(particles)).cpu().numpy()
+    return out
+
+
+def iwelbo(fit: Fit, data: PerturbationData, particles: int = 100, seed: int = 0) -> np.ndarray:
+    """Predictive importance-weighted bound of each cell, [n_cells] nats (SAMS-VAE, arXiv 2311.02794).
+
+    Globals are drawn once per particle from the guide, the cell's state from its encoder:
+    ``log (1/P) sum_p p(x | z_p, globals_p) p(z_p) / q(z_p | x, globals_p)``; globals are not scored against their prior.
+    """
+    _same_names(fit, data)
+    out = np.empty(len(data))
+    with _seeded(seed, fit):
+        vectorised = _vectorises(fit)
+        tables = {k: torch.as_tensor(v, device=_device(fit)) for k, v in global_draws(fit, particles).items()}
+        for low, high in _chunks(len(data), 512):
+            batch = data.batch(np.arange(low, high), device=_device(fit))
+            total = torch.full((high - low,), -math.inf, dtype=torch.float64, device=_device(fit))
+            for start, stop in _chunks(particles, max(1, MAX_ROWS // (high - low)) if vectorised else 1):
+                weights = _log_weights(fit, batch, 1, {k: v[start:stop] for k, v in tables.items()}, vectorised)[0]
+                total = torch.logaddexp(total, weights.logsumexp(0))
+            out[low:high] = (total - math.log(particles)).cpu().numpy()
+    return out
+
+
+def to_networkx(
+    fit: Fit, draws: int = 300, *, threshold: float = 0.5, minimum: float = 0.1, n_genes: int = 15, seed: int = 0
+) -> nx.DiGraph:
+    """The fitted mechanism as a graph: perturbation -> program -> gene.
+
+    Args:
+        threshold: least posterior probability of an edge that is kept.
+        minimum: least size of a program's effect on a gene, in the unit of the edge, that counts as an effect.
+        n_genes: most genes per program.
+
+    Returns:
+        ``nx.DiGraph`` whose nodes have ``kind`` (``perturbation``, ``program``, ``gene``; programs are named ``program 3``) and whose
+        edges have
+
+        - perturbation -> program: ``probability`` of being a target (of a sampled ``mask``; otherwise, that the sign is the majority's),
+          ``mean``, ``lower``, ``upper`` (90 % interval) of ``mask * effect``, in basal standard deviations;
+        - program -> gene: the change of the gene when the program rises by one standard deviation in untreated cells, ``mean``, ``lower``,
+          ``upper`` over draws, ``probability`` that it exceeds ``minimum`` in size; in ``graph.graph["unit"]``.
+    """
+    unit = _unit(fit, None)
+    with _seeded(seed, fit):
+        tables = global_draws(fit, draws)
+        if "effect" not in tables:
+            raise InterventionError("the model samples no 'effect', so there are no edges from perturbations to programs to draw")
+        loadings = _loadings(fit, min(draws, 100), unit)  # [draws, D, G]
+    moved = tables["effect"] * tables.get("mask", 1.0)
+    sign = np.maximum((moved > 0).mean(0), (moved < 0).mean(0))
+    probability = tables["mask"].mean(0) if "mask" in tables else sign
+    graph = nx.DiGraph(unit=unit, threshold=threshold, minimum=minimum)
+    graph.add_nodes_from(fit.coords["perturbation"], kind="perturbation")
+    for p, d in zip(*np.nonzero(probability >= threshold), strict=True):
+        program = f"program {d}"
+        graph.add_node(program, kind="program")
+        graph.add_edge(fit.coords["perturbation"][p], program, probability=float(probability[p, d]), **_summary(moved[:, p, d]))
+    for program in [n for n, kind in graph.nodes("kind") if kind == "program"]:
+        d = int(program.split()[1])
+        mean = loadings[:, d].mean(0)
+        sizes = (np.abs(loadings[:, d]) > minimum).mean(0)
+        for g in np.argsort(-np.abs(mean))[:n_genes]:
+            if sizes[g] >= threshold:
+                gene = fit.coords["gene"][g]
+                name = gene if gene not in fit.coords["perturbation"] else f"{gene} (gene)"
+                graph.add_node(name, kind="gene")
+                graph.add_edge(program, name, probability=float(sizes[g]), **_summary(loadings[:, d, g]))
+    return graph
+
+
+# -- parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _log_weights(fit: Fit, batch: Batch, particles: int, given: dict[str, Tensor], vectorised: bool) -> Tensor:
+    """``log p(x | z) + log p(z) - log q(z)`` of each cell, [particles, draws, n], for given globals [draws, ...event]."""
+    draws = len(next(iter(given.values()))) if given else 1
+    if vectorised:
+        values = {k: v.repeat(particles, *([1] * (v.dim() - 1)))[:, None, None] for k, v in given.items()}
+        return _weights_once(fit, batch, values, particles * draws).reshape(particles, draws, len(batch))
+    values = {k: v[0] for k, v in given.items()}
+    return torch.stack([_weights_once(fit, batch, values, None) for _ in range(particles)])[:, None]
+
+
+def _weights_once(fit: Fit, batch: Batch, values: dict[str, Tensor], draws: int | None) -> Tensor:
+    with torch.no_grad():
+        with _plates(draws, None):
+            guided = poutine.trace(poutine.condition(fit.guide, data=values)).get_trace(batch)
+            model = poutine.replay(poutine.condition(fit.model, data=values), trace=guided)
+            trace = poutine.trace(model).get_trace(batch)
+        total: Any = 0.0
+        for name, site in _sample_sites(trace):
+            if name in values or not any(f.name == "cell" for f in site["cond_indep_stack"]):
+                continue
+            total = total + site["fn"].log_prob(site["value"])
+            if name in guided.nodes:
+                total = total - guided.nodes[name]["fn"].log_prob(guided.nodes[name]["value"])
+    return total.double().reshape(-1, len(batch)) if draws is not None else total.double()
+
+
+def _predictive(fit: Fit, cells: PerturbationData, draws: int, local: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Posterior-predictive observations [draws, n_cells, n_genes], and the cells' latent sites [draws, n_cells, ...]."""
+    out = np.empty((draws, len(cells), len(fit.coords["gene"])), np.float32)
+    states: dict[str, np.ndarray] = {}
+    vectorised = _vectorises(fit)
+    for low, high in _chunks(len(cells), MAX_ROWS // 4):
+        batch = cells.batch(np.arange(low, high), device=_device(fit))
+        for start, stop in _chunks(draws, max(1, MAX_ROWS // (high - low)) if vectorised else 1):
+            base = factual_base(fit.model, fit.guide, batch, stop - start if vectorised else None)
+            out[start:stop, low:high] = base.law.sample().reshape(stop - start, high - low, -1).cpu().numpy()
+            if local:
+                for name in latents(base.trace) | base.values:
+                    value = base.values[name]
+                    if any(f.name == "cell" for f in base.trace.nodes[name]["cond_indep_stack"]):
+                        value = value.reshape(stop - start, high - low, *value.shape[3 if vectorised else 1 :])
+                        states.setdefault(name, np.empty((draws, len(cells), *value.shape[2:]), np.float32))
+                        states[name][start:stop, low:high] = value.cpu().numpy()
+    return out, states
+
+
+def _add_states(
+    groups: dict[str, Any],
+    all_dims: dict[str, Any],
+    states: dict[str, np.ndarray],
+    draws: int,
+    dims: dict[str, tuple[str, ...]],
+    fit: Fit,
+    cells: PerturbationData,
+) -> None:
+    """Put local sites into the posterior; they have their own, fewer draws, whence the dimension ``draw_local``."""
+    for name, value in states.items():
+        groups["posterior"][name] = value[None]
+        all_dims[name] = ("chain", "draw_local", "cell", *dims[name])
+
+
+def _loadings(fit: Fit, draws: int, unit: str) -> np.ndarray:
+    """Change of each gene when each program rises by one basal standard deviation in untreated cells, [draws, n_latent, n_genes]."""
+    vectorised = _vectorises(fit)
+    parts = []
+    for start, stop in _chunks(draws, 16 if vectorised else 1):
+        base = _fresh(fit, stop - start if vectorised else None, 32)
+        if "shift" not in base.trace.nodes:
+            raise InterventionError("the model has no site 'shift', so its programs cannot be moved; declare it as a deterministic site")
+        value = base.trace.nodes["shift"]["value"]
+        steps = torch.eye(value.shape[-1], device=value.device)[:, None]  # [D, 1, D]
+        law = law_under(fit.model, base, {"shift": value + steps}, len(steps), strict=False)
+        moved = law.mean.reshape(stop - start, len(steps), 32, -1)
+        before = base.law.mean.reshape(stop - start, 1, 32, -1)
+        parts.append(_population(moved, base.batch, unit) - _population(before, base.batch, unit))
+    return np.concatenate(parts)
+
+
+def _summary(values: np.ndarray) -> dict[str, float]:
+    lower, upper = np.quantile(values, [0.05, 0.95])
+    return {"mean": float(values.mean()), "lower": float(lower), "upper": float(upper)}
+
+
+def _numbered(name: str, value: np.ndarray, skip: int) -> tuple[str, ...]:
+    return tuple(f"{name}_dim_{i}" for i in range(value.ndim - skip))
+
+
+def _dataset(
+    group: str,
+    variables: dict[str, np.ndarray],
+    fixed: dict[tuple[str, str], tuple[str, ...]],
+    all_dims: dict[str, tuple[str, ...]],
+    names: dict[str, Any],
+    attrs: dict[str, str],
+) -> xr.Dataset:
+    data = {k: (fixed.get((group, k), all_dims.get(k)), np.asarray(v)) for k, v in variables.items()}
+    out = xr.Dataset(data, attrs=attrs)
+    coords = {d: names[d] if d in names and len(names[d]) == n else np.arange(n) for d, n in out.sizes.items()}
+    return out.assign_coords(coords)
+
+
+def _bundle(datasets: dict[str, xr.Dataset]) -> Any:
+    """``az.InferenceData`` under ArviZ 0.x, ``xr.DataTree`` under 1.x (where InferenceData is a deprecated name)."""
+    import arviz as az
+
+    if int(az.__version__.split(".")[0]) >= 1:
+        return xr.DataTree.from_dict(datasets)
+    return az.InferenceData(**datasets)  # type: ignore[arg-type]
