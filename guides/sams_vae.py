@@ -11,6 +11,7 @@ In both of the paper's guides ``q(z | x, dose, mask, effect) = Normal(MLP([norm(
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -19,7 +20,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocausal.centred import CentredGuide
+from pyrocausal.centred import TURNS, CentredGuide
 from pyrocausal.data import PerturbationData
 from pyrocausal.distributions import StraightThroughBernoulli
 from pyrocausal.likelihood import LikelihoodName
@@ -32,7 +33,7 @@ FLOOR = 1e-4  # of standard deviations, as in the reference
 
 
 class SAMSVAE(CentredGuide):
-    """The closed-form centred guide; arguments as the model's, and ``turn_at`` (see :mod:`pyrocausal.centred`)."""
+    """The closed-form centred guide; arguments as the model's, and ``turns`` (see :mod:`pyrocausal.centred`)."""
 
     def __init__(
         self,
@@ -46,11 +47,11 @@ class SAMSVAE(CentredGuide):
         n_hidden: int = 128,
         n_layers: int = 3,
         n_batches: int = 1,
-        turn_at: float = 0.5,
+        turns: Sequence[float] = TURNS,
     ) -> None:
         table = SpikeSlabTable(n_perturbations, n_latent, mask_probability, effect_scale)
         counts = likelihood != "gaussian"
-        super().__init__(n_genes, n_perturbations, n_latent, table, counts, dense, n_hidden, n_layers, n_batches, turn_at)
+        super().__init__(n_genes, n_perturbations, n_latent, table, counts, dense, n_hidden, n_layers, n_batches, turns)
 
 
 class SAMSVAEMeanField(PyroModule):

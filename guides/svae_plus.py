@@ -11,6 +11,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -19,7 +20,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
-from pyrocausal.centred import CentredGuide
+from pyrocausal.centred import TURNS, CentredGuide
 from pyrocausal.data import PerturbationData
 from pyrocausal.distributions import StraightThroughBernoulli
 from pyrocausal.likelihood import LikelihoodName
@@ -49,7 +50,7 @@ class BetaBernoulliTable(SpikeSlabTable):
 
 
 class SVAEPlus(CentredGuide):
-    """The closed-form centred guide; arguments as the model's, and ``turn_at`` (see :mod:`pyrocausal.centred`)."""
+    """The closed-form centred guide; arguments as the model's, and ``turns`` (see :mod:`pyrocausal.centred`)."""
 
     def __init__(
         self,
@@ -62,11 +63,11 @@ class SVAEPlus(CentredGuide):
         n_hidden: int = 128,
         n_layers: int = 3,
         n_batches: int = 1,
-        turn_at: float = 0.5,
+        turns: Sequence[float] = TURNS,
     ) -> None:
         table = BetaBernoulliTable(n_perturbations, n_latent, float(n_perturbations if sparsity is None else sparsity), effect_scale)
         counts = likelihood != "gaussian"
-        super().__init__(n_genes, n_perturbations, n_latent, table, counts, False, n_hidden, n_layers, n_batches, turn_at)
+        super().__init__(n_genes, n_perturbations, n_latent, table, counts, False, n_hidden, n_layers, n_batches, turns)
 
     def prior_sites(self) -> None:
         assert isinstance(self.table, BetaBernoulliTable)

@@ -8,13 +8,14 @@ For every model with ``u = z + dose @ (mask * effect)``, ``z ~ Normal(0, I)``::
 so that ``u_n = a(x_n) + noise`` whatever the table says: the encoder looks for programs in the cell, the table explains them, and neither
 chases the other. Training has two phases, by progress through the epochs:
 
-1. until ``turn_at``: the mask is held on (the span of the programs is found);
-2. at ``turn_at`` the programs are turned to the axes that make the table sparsest, in guide and decoder at once; from here on mask and
-   effect are inferred together.
+1. until the first of ``turns``: the mask is held on (the span of the programs is found);
+2. then the programs are turned to the axes that make the table sparsest, in guide and decoder at once; from here on mask and effect are
+   inferred together, and the later ``turns`` mend what the sparse phase has moved.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pyro
@@ -37,7 +38,7 @@ class CentredGuide(PyroModule):
 
     Args:
         dense: the model's mask is fixed to ones: no ``mask`` site, no turn.
-        turn_at: share of the training after which the programs are turned and the mask is inferred.
+        turns: shares of the training after which the programs are turned; the mask is inferred from the first on.
     """
 
     def __init__(
@@ -51,14 +52,15 @@ class CentredGuide(PyroModule):
         n_hidden: int,
         n_layers: int,
         n_batches: int,
-        turn_at: float,
+        turns: Sequence[float],
     ) -> None:
         super().__init__()
         self.dense = dense
-        self.turn_at = turn_at
+        self.turns = tuple(turns)
+        self.settled = max(turns, default=0.0)
         self.n_batches = n_batches
         self.table = table
-        self.register_buffer("turns", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("turned", torch.zeros((), dtype=torch.int64))
         self.standardise = Standardise(n_genes, log=counts)
         self.encoder = MLP(n_genes + (n_batches if n_batches > 1 else 0), 2 * n_latent, n_hidden, n_layers, layer_norm=True)
         nn.init.zeros_(self.encoder.last.bias)
@@ -112,10 +114,10 @@ class CentredGuide(PyroModule):
 
     def after_epoch(self, model: Any, progress: float) -> None:
         """After every epoch; ``progress`` is the share of the epochs that are done."""
-        due = sum(progress >= at - 1e-9 for at in TURNS)
-        if self.dense or due <= int(self.turns):
+        due = sum(progress >= at - 1e-9 for at in self.turns)
+        if self.dense or due <= int(self.turned):
             return
-        self.turns.fill_(due)
+        self.turned.fill_(due)
         self.turn(model, sparse_rotation(self.table.means()))
         self.table.sparse()
 

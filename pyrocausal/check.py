@@ -56,8 +56,9 @@ class Report:
 def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> Report:
     """Run the pair on a few cells and say what is missing or wrong.
 
-    Looks at: the observation and its plate; the scale of the plate over cells; latents that the guide forgets, and the reverse; parameters where a site belongs; whether ``do(dose)`` reaches the observation; hidden observations; guides that cannot serve new cells;
-    finite log-probabilities; named dimensions; broadcasting over draws.
+    Looks at: the observation, its plate and the plate's scale; latents that the guide forgets, and the reverse; parameters where a site
+    belongs; whether ``do(dose)`` reaches the observation; hidden observations; guides that cannot serve new cells; finite
+    log-probabilities; named dimensions; broadcasting over draws.
     """
     findings: list[Finding] = []
     n_total = 10 * len(data)

@@ -168,7 +168,7 @@ def fit(
             disable=not (sys.stderr.isatty() if progress is None else progress),
             dynamic_ncols=True,
         )
-        settled = max(kl_warmup, getattr(guide, "turn_at", 0.0))
+        settled = max(kl_warmup, getattr(guide, "settled", 0.0))
         try:
             while state.epoch < max_epochs and stopped == "max_epochs":
                 row = _epoch(
