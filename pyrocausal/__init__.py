@@ -11,7 +11,9 @@ import pyro as _pyro
 
 _pyro.settings.set(module_local_params=True)
 
-from pyrocausal import simulate
+from pyrocausal import errors, simulate
+from pyrocausal.adapt import adapt
+from pyrocausal.auto import auto_guide
 from pyrocausal.check import check_model
 from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
@@ -27,11 +29,14 @@ __all__ = [
     "Fit",
     "PerturbationData",
     "activate",
+    "adapt",
+    "auto_guide",
     "build",
     "check_model",
     "counterfactual",
     "do",
     "effects",
+    "errors",
     "fit",
     "flip_target",
     "guides",
