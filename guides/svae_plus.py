@@ -57,7 +57,7 @@ class SVAEPlus(CentredGuide):
         n_genes: int,
         n_perturbations: int,
         n_latent: int = 20,
-        sparsity: float | None = None,
+        sparsity: float = 10.0,
         effect_scale: float = 3.0,
         likelihood: LikelihoodName = "negative_binomial",
         n_hidden: int = 128,
@@ -65,7 +65,7 @@ class SVAEPlus(CentredGuide):
         n_batches: int = 1,
         turns: Sequence[float] = TURNS,
     ) -> None:
-        table = BetaBernoulliTable(n_perturbations, n_latent, float(n_perturbations if sparsity is None else sparsity), effect_scale)
+        table = BetaBernoulliTable(n_perturbations, n_latent, sparsity, effect_scale)
         counts = likelihood != "gaussian"
         super().__init__(n_genes, n_perturbations, n_latent, table, counts, False, n_hidden, n_layers, n_batches, turns)
 
@@ -84,7 +84,7 @@ class SVAEPlusParity(PyroModule):
         n_genes: int,
         n_perturbations: int,
         n_latent: int = 20,
-        sparsity: float | None = None,
+        sparsity: float = 10.0,
         effect_scale: float = 3.0,
         likelihood: LikelihoodName = "negative_binomial",
         n_hidden: int = 128,

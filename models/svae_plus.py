@@ -2,7 +2,7 @@
 
 A perturbation k replaces the mechanism of its targets; which ones is drawn from a Beta-Bernoulli prior::
 
-    rho_kd     ~ Beta(1, lambda)                           k = 1..P perturbations, d = 1..D programs; lambda = P in the paper
+    rho_kd     ~ Beta(1, lambda)                           k = 1..P perturbations, d = 1..D programs
     mask_kd    ~ Bernoulli(rho_kd)
     effect_kd  ~ Normal(0, s^2)                            (a free parameter in the paper)
     u_n        ~ Normal(sum_k dose_nk (mask_k * effect_k), I_D)
@@ -40,7 +40,7 @@ class SVAEPlus(PyroModule):
     Args:
         n_genes, n_perturbations: sizes of the screen.
         n_latent: number of programs D.
-        sparsity: lambda of the Beta(1, lambda) prior; the number of perturbations if None, as in the paper.
+        sparsity: lambda of the Beta(1, lambda) prior, whose mean is 1 / (1 + lambda); the paper takes the number of perturbations.
         effect_scale: s, prior standard deviation of an effect (unused with ``parity``).
         likelihood: ``"negative_binomial"``, ``"poisson"`` or ``"gaussian"``.
         parity: the published objective; see the module's docstring.
@@ -52,7 +52,7 @@ class SVAEPlus(PyroModule):
         n_genes: int,
         n_perturbations: int,
         n_latent: int = 20,
-        sparsity: float | None = None,
+        sparsity: float = 10.0,
         effect_scale: float = 3.0,
         likelihood: LikelihoodName = "negative_binomial",
         parity: bool = False,
@@ -62,7 +62,7 @@ class SVAEPlus(PyroModule):
     ) -> None:
         super().__init__()
         self.shape = (n_perturbations, n_latent)
-        self.sparsity = float(n_perturbations if sparsity is None else sparsity)
+        self.sparsity = float(sparsity)
         self.effect_scale = effect_scale
         self.parity = parity
         self.decoder = MLP(n_latent, n_genes, n_hidden, n_layers)

@@ -17,6 +17,7 @@ from pyrocausal.auto import auto_guide
 from pyrocausal.check import check_model
 from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
+from pyrocausal.demo_screen import demo_screen
 from pyrocausal.elbo import ELBO
 from pyrocausal.fit import Fit, fit
 from pyrocausal.interventions import activate, do, flip_target, knockdown, knockout, perturb, silence, sites, untreated
@@ -34,6 +35,7 @@ __all__ = [
     "build",
     "check_model",
     "counterfactual",
+    "demo_screen",
     "do",
     "effects",
     "errors",

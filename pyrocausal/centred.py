@@ -110,6 +110,7 @@ class CentredGuide(PyroModule):
         """After every optimiser step: fold the minibatch into the table; turn the programs when it is time."""
         with torch.no_grad():
             a, _ = self.encode(batch)
+        self._warm_up(progress)
         self.table.observe(batch.dose, a)
 
     def after_epoch(self, model: Any, progress: float) -> None:
@@ -118,8 +119,14 @@ class CentredGuide(PyroModule):
         if self.dense or due <= int(self.turned):
             return
         self.turned.fill_(due)
-        self.turn(model, sparse_rotation(self.table.means()))
+        self._warm_up(progress)
+        self.turn(model, sparse_rotation(self.table.means(), local=due > 1))
         self.table.sparse()
+
+    def _warm_up(self, progress: float) -> None:
+        """The sparsity prior comes in between the first turn and the last, so that targets are not lost before the axes are right."""
+        first, last = min(self.turns, default=0.0), self.settled
+        self.table.prior_weight = min(1.0, max(0.0, (progress - first) / max(last - first, 1e-9)))
 
     @torch.no_grad()
     def turn(self, model: Any, rotation: Tensor) -> None:

@@ -5,7 +5,7 @@ Two published simulators, each with the settings of its reference (``replicate=T
 - :func:`svae_screen`, the sparse mechanism shifts of sVAE+ (Lopez et al., CLeaR 2023, arXiv 2211.03553);
 - :func:`sams_screen`, the sparse additive shifts of SAMS-VAE (Bereket and Karaletsos, NeurIPS 2023, arXiv 2311.02794);
 
-and :func:`demo_screen`, a small screen with control cells, marker genes and inert perturbations, for demonstrations and tests.
+A small screen with marker genes and inert perturbations, for demonstrations, is in :mod:`pyrocausal.demo_screen`.
 
 All return an ``AnnData`` with ``obs["perturbation"]`` and the truth beside it:
 

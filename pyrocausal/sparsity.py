@@ -63,7 +63,7 @@ def spike_slab_update(
     return logits, loc, scale
 
 
-def sparse_rotation(table: Tensor, starts: int = 4, steps: int = 300, seed: int = 0) -> Tensor:
+def sparse_rotation(table: Tensor, starts: int = 4, steps: int = 300, seed: int = 0, local: bool = False) -> Tensor:
     """The orthogonal R that makes ``table @ R`` sparsest in the L1 sense.
 
     Each start maximises sum (W R)^4 by its polar fixed point ``R <- polar(W' (W R)^3)`` (Zhai et al., JMLR 2020), then descends on the
@@ -72,6 +72,7 @@ def sparse_rotation(table: Tensor, starts: int = 4, steps: int = 300, seed: int 
 
     Args:
         table: W, one row per perturbation, [P, D].
+        local: descend from the identity only, to mend axes that are nearly right.
 
     Returns:
         R, [D, D], orthogonal.
@@ -85,15 +86,17 @@ def sparse_rotation(table: Tensor, starts: int = 4, steps: int = 300, seed: int 
     unit = w.square().mean().sqrt()
     best: tuple[float, Tensor] | None = None
     with torch.enable_grad():
-        for _ in range(starts):
+        for _ in range(1 if local else starts):
             r, _ = torch.linalg.qr(torch.randn(n_latent, n_latent, generator=generator, dtype=torch.float64).to(w.device))
-            for _ in range(200):
+            if local:
+                r = torch.eye(n_latent, dtype=w.dtype, device=w.device)
+            for _ in range(0 if local else 200):
                 left, _, right = torch.linalg.svd(w.T @ (w @ r) ** 3)
                 r = left @ right
             skew = torch.zeros_like(r, requires_grad=True)
             optimiser = torch.optim.Adam([skew], lr=0.02)
             for step in range(steps):
-                eps = unit * 0.1 * 10 ** (1 - min(1.0, 2 * step / steps))
+                eps = unit * 0.1 * (1.0 if local else 10 ** (1 - min(1.0, 2 * step / steps)))
                 turned = w @ r @ torch.matrix_exp(skew - skew.T)
                 norm = (turned**2 + eps**2).sqrt().sum()
                 optimiser.zero_grad()
@@ -139,6 +142,7 @@ class SpikeSlabTable(nn.Module):
         self.register_buffer("scale", torch.full(shape, effect_scale))
         self.register_buffer("misfit", torch.zeros(n_latent))
         self.register_buffer("is_sparse", torch.zeros((), dtype=torch.bool))
+        self.prior_weight = 1.0  # warm-up of the sparsity: the prior odds count with this weight
         self._coupled: bool | None = None
         self.register_load_state_dict_post_hook(lambda module, _: setattr(module, "_coupled", None))
 
@@ -173,7 +177,7 @@ class SpikeSlabTable(nn.Module):
     @torch.no_grad()
     def update(self, sweeps: int = 1) -> None:
         """One coordinate-ascent pass given the current statistics, and one EM step of the misfit."""
-        probs, log_odds = self.logits.sigmoid(), self.prior_log_odds()
+        probs, log_odds = self.logits.sigmoid(), self.prior_weight * self.prior_log_odds()
         n_t = self.gram.diagonal()[:, None].clamp_min(1)
         trust = 1 / (1 + 2 * n_t * self.misfit**2)  # a Laplace(b) has variance 2 b^2
         logits, loc, scale = spike_slab_update(
@@ -220,4 +224,5 @@ class SpikeSlabTable(nn.Module):
         self.is_sparse.fill_(True)
         if self.robust:
             self.misfit.copy_((self.means().abs().median(0).values / 0.6931).clamp(max=self.effect_scale / 6))
-        self.update(sweeps=3)
+        for _ in range(20):  # let misfit and targets agree before the networks follow
+            self.update()
