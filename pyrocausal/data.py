@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, TypeAlias, cast
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import anndata as ad
 import numpy as np
@@ -23,6 +23,7 @@ from pyrocausal.loading import Batch, make_batch
 
 Kind = Literal["counts", "normalised"]
 Modality = Literal["perturbation", "knockout", "knockdown", "activation"]
+SHARE = (int, float, np.floating)
 Expression: TypeAlias = Any  # sp.csr_matrix | NDArray[np.float32], [n_cells, n_genes]
 
 
@@ -40,7 +41,7 @@ class PerturbationData:
     Attributes:
         x: expression, [n_cells, n_genes] float32; CSR if the AnnData was sparse.
         dose: treatment, [n_cells, n_perturbations] float32 CSR; a zero row is an unperturbed cell, several non-zeros a combination.
-        labels: perturbation label of each cell, [n_cells].
+        labels: perturbation label of each cell, [n_cells]; one spelling per treatment (parts in alphabetical order, without the control).
         library_size: total of each cell in ``x``, [n_cells] (ones for normalised data).
         kind: ``"counts"`` or ``"normalised"``.
         modality: what a treatment does: ``"knockout"``, ``"knockdown"``, ``"activation"``, or the neutral ``"perturbation"``.
@@ -91,6 +92,8 @@ class PerturbationData:
         Raises:
             DataError: for whatever cannot be modelled: see the messages.
         """
+        if modality not in get_args(Modality):
+            raise DataError(f"modality={modality!r} was given{nearest(modality, get_args(Modality))}")
         adata = _open(adata)
         _unique(adata.var_names, "gene names (var_names)", "call adata.var_names_make_unique()")
         _unique(adata.obs_names, "cell names (obs_names)", "call adata.obs_names_make_unique()")
@@ -99,7 +102,7 @@ class PerturbationData:
         library = np.asarray(x.sum(1), dtype=np.float32).ravel() if kind == "counts" else np.ones(x.shape[0], np.float32)
         _no_empty_rows(x, kind)
         labels = _labels(adata, perturbation_key, control)
-        perturbations, dose = _doses(labels, control, separator)
+        labels, perturbations, dose = _doses(labels, control, separator)
         codes, batches = _codes(adata, batch_key)
         return cls(
             x=x,
@@ -179,6 +182,8 @@ class PerturbationData:
         if isinstance(index, slice):
             return np.arange(len(self))[index]
         array = np.asarray(index)
+        if array.ndim > 1:
+            raise DataError(f"cells were selected by an array of shape {array.shape}; give positions, a mask or names in one dimension")
         if array.dtype == bool:
             if array.shape != (len(self),):
                 raise DataError(f"a mask of shape {array.shape} was given for {len(self):,} cells; give one value for each cell")
@@ -186,29 +191,29 @@ class PerturbationData:
         if array.size == 0:
             return np.empty(0, np.int64)
         if array.dtype.kind in "iu":
-            array = np.atleast_1d(array)
-            if array.min() < -len(self) or array.max() >= len(self):
-                raise DataError(
-                    f"cell {int(array.max())} was asked for, but there are {len(self):,}; positions run from 0 to {len(self) - 1:,}"
-                )
-            return cast(NDArray[np.int64], array % len(self))
-        rows = self.cells.get_indexer(np.atleast_1d(array))
-        if (rows < 0).any():
-            unknown = str(np.atleast_1d(array)[rows < 0][0])
-            raise DataError(f"no cell is named {unknown!r}{nearest(unknown, self.cells[:2000])}")
-        return cast(NDArray[np.int64], rows)
+            rows = np.atleast_1d(array).astype(np.int64)
+            outside = rows[(rows < -len(self)) | (rows >= len(self))]
+            if outside.size:
+                raise DataError(f"cell {outside[0]} was asked for, but there are {len(self):,}; positions run from 0 to {len(self) - 1:,}")
+            return rows % len(self)
+        names = np.atleast_1d(array)
+        unknown = names[~pd.Index(names).isin(self.cells)]
+        if unknown.size:
+            raise DataError(f"no cell is named {str(unknown[0])!r}{nearest(unknown[0], self.cells[:2000])}")
+        return self.cells.get_indexer_for(names).astype(np.int64)
 
     def select(self, *conditions: str) -> PerturbationData:
         """Cells of the given conditions, by label: ``data.select("STAT1", "control")``."""
+        present = set(self.labels)
         for condition in conditions:
-            if condition not in set(self.labels):
+            if self._canonical(condition) not in present:
                 raise DataError(f"no cell has the perturbation {condition!r}{nearest(condition, self.conditions)}")
-        return self[np.isin(self.labels, conditions)]
+        return self[np.isin(self.labels, [self._canonical(c) for c in conditions])]
 
     def split(
         self,
         by: Literal["cells", "perturbations", "combinations"] = "cells",
-        test: float | Sequence[str] = 0.2,
+        test: float | str | Sequence[str] = 0.2,
         seed: int = 0,
     ) -> tuple[PerturbationData, PerturbationData]:
         """Training and test cells.
@@ -224,8 +229,8 @@ class PerturbationData:
         """
         rng = np.random.default_rng(seed)
         if by == "cells":
-            if not isinstance(test, int | float) or not 0 < test < 1:
-                raise DataError(f"test={test!r} was given for a split by cells; give a share between 0 and 1")
+            if not isinstance(test, SHARE) or not 0 < test < 1:
+                raise DataError(f"test={_short(test)} was given for a split by cells; give a share between 0 and 1")
             held = np.zeros(len(self), bool)
             for condition in self.conditions:
                 members = np.flatnonzero(self.labels == condition)
@@ -235,21 +240,23 @@ class PerturbationData:
         else:
             raise DataError(f"by={by!r} is no way to split; choose 'cells', 'perturbations' or 'combinations'")
         if not held.any() or held.all():
-            raise DataError(f"a split by {by} with test={test!r} leaves no {'training' if held.all() else 'test'} cells; change the share")
+            raise DataError(
+                f"a split by {by} with test={_short(test)} leaves no {'training' if held.all() else 'test'} cells; change the share"
+            )
         return self[~held], self[held]
 
-    def _held_conditions(self, by: str, test: float | Sequence[str], rng: np.random.Generator) -> NDArray[np.bool_]:
+    def _held_conditions(self, by: str, test: float | str | Sequence[str], rng: np.random.Generator) -> NDArray[np.bool_]:
         size = np.diff(self.dose.indptr)
         combos = by == "combinations"
         pool = sorted(set(self.labels[size > 1])) if combos else sorted(self.perturbations[self.cells_per_perturbation > 0])
         if not pool:
             raise DataError(f"the screen has no {by} to hold out; its conditions are {', '.join(self.conditions[:5])}")
-        if isinstance(test, int | float):
+        if isinstance(test, SHARE):
             if not 0 < test < 1:
                 raise DataError(f"test={test!r} was given; give a share between 0 and 1, or the labels to hold out")
             chosen = list(rng.permutation(pool)[: max(1, round(test * len(pool)))])
         else:
-            chosen = [self._canonical(c) for c in test] if combos else list(test)
+            chosen = [self._canonical(c) for c in ([test] if isinstance(test, str) else test)]
             for label in chosen:
                 if label not in pool:
                     raise DataError(f"{label!r} is none of the {by} of the screen{nearest(label, pool)}")
@@ -259,12 +266,8 @@ class PerturbationData:
         return np.asarray(self.dose[:, columns].sum(1)).ravel() > 0
 
     def _canonical(self, label: str) -> str:
-        """The screen's own spelling of a combination, whatever the order of its parts."""
-        parts = sorted(label.split(self.separator))
-        for known in set(self.labels):
-            if sorted(known.split(self.separator)) == parts:
-                return str(known)
-        return label
+        """The one spelling of a treatment, whatever the order of its parts."""
+        return self.separator.join(_parts(label, self.control, self.separator)) or self.control
 
     # -- tensors ---------------------------------------------------------------------------------------------------------------
 
@@ -321,7 +324,8 @@ def _expression(adata: ad.AnnData, layer: str | None) -> Expression:
     x: Any = sp.csr_matrix(given) if sp.issparse(given) else np.asarray(given)
     if x.dtype.kind not in "iufb":
         raise DataError(f"{where} has dtype {x.dtype}; convert it to numbers, for example adata.X = adata.X.astype('float32')")
-    x = x.astype(np.float32)
+    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
+        x = x.astype(np.float32)
     values = x.data if sp.issparse(x) else x
     if not np.isfinite(values).all():
         raise DataError(f"{where} holds {int((~np.isfinite(values)).sum())} NaN or infinite values; replace or remove them")
@@ -376,21 +380,30 @@ def _labels(adata: ad.AnnData, key: str, control: str) -> NDArray[np.object_]:
     return labels
 
 
-def _doses(labels: NDArray[np.object_], control: str, separator: str) -> tuple[list[str], sp.csr_matrix]:
-    parts_of: dict[str, list[str]] = {}
-    for label in sorted(set(labels)):
-        parts = [p for p in label.split(separator) if p != control] if label != control else []
+def _parts(label: str, control: str, separator: str) -> list[str]:
+    return [] if label == control else sorted(p for p in label.split(separator) if p != control)
+
+
+def _doses(labels: NDArray[np.object_], control: str, separator: str) -> tuple[NDArray[np.object_], list[str], sp.csr_matrix]:
+    """Labels in one spelling, the names of the perturbations, and the treatment of each cell."""
+    if not separator:
+        raise DataError("separator='' was given; give the string between the parts of a combination, for example '+'")
+    parts_of = {label: _parts(label, control, separator) for label in sorted(set(labels))}
+    for label, parts in parts_of.items():
         if "" in parts or len(set(parts)) < len(parts):
             raise DataError(
                 f"the label {label!r} has an empty or repeated part at the separator {separator!r}; rename it or set separator="
             )
-        parts_of[label] = parts
     names = sorted({p for parts in parts_of.values() for p in parts})
+    if not names:
+        raise DataError(f"all labels name {control!r} alone; a screen needs at least one perturbation")
     code = {name: i for i, name in enumerate(names)}
     columns = [[code[p] for p in parts_of[label]] for label in labels]
+    spelled = {label: separator.join(parts) or control for label, parts in parts_of.items()}
     indptr = np.concatenate([[0], np.cumsum([len(c) for c in columns])])
-    indices = np.array([i for c in columns for i in sorted(c)], dtype=np.int32)
-    return names, sp.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(labels), len(names)))
+    indices = np.array([i for c in columns for i in c], dtype=np.int32)
+    dose = sp.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(labels), len(names)))
+    return np.array([spelled[label] for label in labels], dtype=object), names, dose
 
 
 def _codes(adata: ad.AnnData, key: str | None) -> tuple[NDArray[np.int64], pd.Index]:
@@ -405,7 +418,7 @@ def _times(adata: ad.AnnData, key: str | None) -> NDArray[np.float32] | None:
     if key is None:
         return None
     column = pd.to_numeric(_column(adata, key, "time").astype(str), errors="coerce")
-    if column.isna().any():
+    if not np.isfinite(column).all():
         raise DataError(f"obs[{key!r}] holds times that are not numbers; give them in one unit, for example hours")
     return column.to_numpy(np.float32)
 

@@ -56,17 +56,20 @@ class _NegativeBinomialLogProb(torch.autograd.Function):
         nz: Nonzeros = ctx.nz
         (grad,) = grads
         lead = mu.shape[:-2]
+        if torch.is_grad_enabled():  # a second derivative is asked for: the pieces as functions of mu and theta again
+            t = mu + theta
+            log_t, mu_nz = t.log(), mu.reshape(*lead, -1)[..., nz.flat].clamp_min(TINY)
         ratio = theta / t  # [..., n, G]
         theta_nz = theta[nz.gene]
         ratio_nz = ratio.reshape(*lead, -1)[..., nz.flat]
         grad_mu = grad_theta = None
         if ctx.needs_input_grad[0]:
-            grad_mu = -ratio * grad[..., None]
-            grad_mu.view(*lead, -1).index_add_(-1, nz.flat, nz.value * ratio_nz / mu_nz * grad[..., nz.row])
+            grad_mu = (-ratio * grad[..., None]).reshape(*lead, -1)
+            grad_mu = grad_mu.index_add(-1, nz.flat, nz.value * ratio_nz / mu_nz * grad[..., nz.row]).reshape(mu.shape)
         if ctx.needs_input_grad[1]:
             per_gene = (theta.log() + 1) * grad.sum() - torch.einsum("...g,...->g", log_t + ratio, grad)
             term = torch.digamma(nz.value + theta_nz) - torch.digamma(theta)[nz.gene] - nz.value * ratio_nz / theta_nz
-            flat = (term * grad[..., nz.row]).reshape(-1, len(nz.gene)).sum(0)
+            flat = (term * grad[..., nz.row]).reshape(lead.numel(), len(nz.gene)).sum(0)
             grad_theta = per_gene.index_add(0, nz.gene, flat)
         return grad_mu, grad_theta, None
 

@@ -15,6 +15,7 @@ from pyro.infer.elbo import ELBO as PyroELBO
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.distributions import Independent as TorchIndependent
 from torch.distributions import kl_divergence
 
 from pyrocausal.errors import ContractError
@@ -82,7 +83,12 @@ class ELBO(PyroELBO):
         return terms
 
     def _latent(self, name: str, p: dict[str, Any], q: dict[str, Any], args: tuple[Any, ...]) -> Tensor:
-        if self.rows == "batch" and p["fn"].event_dim >= 2 and _is_row_table(p, args):
+        if not q["fn"].has_rsample and _trainable(q["fn"]):
+            raise ContractError(
+                f"the guide samples {name!r} from {type(_by_entry(q['fn'])).__name__}, which has no reparametrised gradient; "
+                "use StraightThroughBernoulli, or pass objective=pyro.infer.TraceGraph_ELBO() to fit"
+            )
+        if self.rows == "batch" and _is_row_table(p, args) and _is_row_table(q, args):
             return self._by_rows(p, q, args[0])
         if self.analytic_kl:
             try:
@@ -93,11 +99,6 @@ class ELBO(PyroELBO):
                 return scale_and_mask(term, q["scale"], q["mask"]).sum()
         log_p = p["fn"].log_prob(p["value"])
         log_q = q["fn"].log_prob(q["value"])
-        if not q["fn"].has_rsample and log_q.requires_grad:
-            raise ContractError(
-                f"the guide samples {name!r} from {type(q['fn']).__name__}, which has no reparametrised gradient; "
-                "use StraightThroughBernoulli, or pass elbo=pyro.infer.TraceGraph_ELBO() to fit"
-            )
         return scale_and_mask(log_p, p["scale"], p["mask"]).sum() - scale_and_mask(log_q, q["scale"], q["mask"]).sum()
 
     def _by_rows(self, p: dict[str, Any], q: dict[str, Any], batch: Any) -> Tensor:
@@ -105,8 +106,11 @@ class ELBO(PyroELBO):
             raise ContractError("rows='batch' needs the training cells of each perturbation; set elbo.cells_per_perturbation")
         present = (batch.dose != 0).to(batch.dose.dtype).sum(0)  # [P]
         weight = present / self.cells_per_perturbation.clamp_min(1) * (batch.n_total / len(batch))
-        log_ratio = _by_entry(p["fn"]).log_prob(p["value"]) - _by_entry(q["fn"]).log_prob(q["value"])  # [..., P, D]
-        return (weight[:, None] * log_ratio).sum()
+        total = weight.new_zeros(())
+        for sign, site in ((1, p), (-1, q)):
+            log_prob = scale_and_mask(_by_entry(site["fn"]).log_prob(site["value"]), site["scale"])  # [..., P, D]
+            total = total + sign * (weight[:, None] * log_prob).sum()
+        return total
 
 
 def _sample_sites(trace: Any) -> list[tuple[str, dict[str, Any]]]:
@@ -119,14 +123,24 @@ def _deterministic(site: dict[str, Any]) -> bool:
 
 def _by_entry(fn: Any) -> Any:
     """The distribution of single entries under ``to_event``."""
-    while hasattr(fn, "base_dist"):
+    while isinstance(fn, TorchIndependent):
         fn = fn.base_dist
     return fn
 
 
+def _trainable(fn: Any) -> bool:
+    """Whether a gradient would flow into the parameters of a law."""
+    if isinstance(fn, Tensor):
+        return fn.requires_grad
+    inner = [v for k, v in vars(fn).items() if isinstance(v, Tensor) or k == "base_dist"] if hasattr(fn, "__dict__") else []
+    return any(_trainable(v) for v in inner)
+
+
 def _is_row_table(site: dict[str, Any], args: tuple[Any, ...]) -> bool:
+    """Whether a site is a table of independent entries whose rows are the perturbations."""
     dose = getattr(args[0], "dose", None) if args else None
-    return dose is not None and len(site["fn"].event_shape) >= 2 and site["fn"].event_shape[-2] == dose.shape[-1]
+    shape = site["fn"].event_shape
+    return dose is not None and len(shape) >= 2 and shape[-2] == dose.shape[-1] and _by_entry(site["fn"]).event_dim == 0
 
 
 class KLWeight(Messenger):

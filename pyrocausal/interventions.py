@@ -18,11 +18,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from numbers import Real
 from typing import Any
 
 import pyro
 import pyro.poutine as poutine
 import torch
+from pyro.poutine.do_messenger import DoMessenger
+from pyro.poutine.messenger import _context_wrap
 from torch import Tensor
 
 from pyrocausal.errors import InterventionError, nearest
@@ -36,7 +40,7 @@ class Intervention:
 
     Attributes:
         doses: dose of each perturbation, sorted by name; None leaves the treatment as it is, an empty tuple removes it.
-        penetrances: share of the cells in which each takes; 1 if absent.
+        penetrances: share of the cells in which each takes, sorted by name.
         flips: (perturbation, program) entries of the target mask that are flipped.
         silenced: perturbations whose effect is set to zero.
         words: the modality words that were used.
@@ -64,7 +68,8 @@ class Intervention:
         penetrance = dict(self.penetrances)
         parts = []
         for name, dose in self.doses or ():
-            marks = ([f"dose {dose:g}"] if dose != 1 else []) + ([f"penetrance {penetrance[name]:g}"] if name in penetrance else [])
+            share = penetrance.get(name, 1.0)
+            marks = ([f"dose {dose}"] if dose != 1 else []) + ([f"penetrance {share}"] if share != 1 else [])
             parts.append(name + (f" ({', '.join(marks)})" if marks else ""))
         if self.doses == ():
             parts.append("untreated")
@@ -252,13 +257,11 @@ def do(
         InterventionError: for an unknown name, a site the model lacks, or a second ``do`` on one site (which Pyro 1.9 cannot run).
     """
     values = sites(model, intervention, data, given)
-    before: frozenset[str] = getattr(model, "intervened_sites", frozenset())
+    _, before = _unwrapped(model)
     twice = before & set(values)
     if twice:
         raise InterventionError(f"{min(twice)!r} is already intervened on; combine the interventions with & in one call of do")
-    out = pyro.do(model, data=values)
-    out.intervened_sites = before | set(values)
-    return out
+    return pyro.do(model, data=values)
 
 
 def sites(
@@ -274,8 +277,7 @@ def sites(
     coords = {"perturbation": list(data.perturbations), "modality": data.modality}
     check([value], coords)
     batch = data.batch([0, 0] if len(data) == 1 else [0, 1])
-    names = getattr(model, "intervened_sites", None)
-    known = site_names(model, batch) if names is None else [*names, "dose", "mask", "effect"]
+    known = site_names(_unwrapped(model)[0], batch)
     base = batch.dose.new_zeros(1, len(data.perturbations))
     out = compile_sites([value], coords["perturbation"], base, given or {}, known)
     if value.doses is None:
@@ -283,15 +285,23 @@ def sites(
     return {name: v.squeeze(0) if name == "dose" else v.reshape(v.shape[-2:]) for name, v in out.items()}
 
 
+def _unwrapped(model: Any) -> tuple[Any, frozenset[str]]:
+    """The model inside any ``pyro.do``, and the names of the sites that they intervene on."""
+    names: frozenset[str] = frozenset()
+    while isinstance(getattr(model, "func", None), partial) and model.func.func is _context_wrap:
+        context, model = model.func.args[:2]
+        names |= frozenset(context.data) if isinstance(context, DoMessenger) else frozenset()
+    return model, names
+
+
 def _dosed(name: str, dose: float, penetrance: float, words: frozenset[str]) -> Intervention:
-    if not (isinstance(dose, int | float) and dose >= 0 and dose < float("inf")):
+    if not (isinstance(dose, Real) and 0 <= dose < float("inf")):
         raise InterventionError(f"dose={dose!r} was given for {name!r}; a dose is a number of at least 0 (1 = as in the screen)")
-    if not 0 <= penetrance <= 1:
+    if not (isinstance(penetrance, Real) and 0 <= penetrance <= 1):
         raise InterventionError(
             f"penetrance={penetrance!r} was given for {name!r}; it is the share of cells in which it takes, from 0 to 1"
         )
-    shares = ((name, float(penetrance)),) if penetrance != 1 else ()
-    return Intervention(doses=((name, float(dose)),), penetrances=shares, words=words)
+    return Intervention(doses=((name, float(dose)),), penetrances=((name, float(penetrance)),), words=words)
 
 
 def _union(a: tuple[tuple[str, float], ...], b: tuple[tuple[str, float], ...], what: str) -> tuple[tuple[str, float], ...]:

@@ -14,6 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from pyrocausal.errors import DataError
+
 if TYPE_CHECKING:
     from pyrocausal.data import PerturbationData
 
@@ -142,6 +144,8 @@ def batches(
 
     Batches differ by at most one cell in size, so that no cell weighs much more than another through a small last batch.
     """
+    if batch_size < 1:
+        raise DataError(f"batch_size={batch_size} was given; a batch needs at least one cell")
     rows = np.arange(len(data)) if order is None else order
     for part in np.array_split(rows, max(1, -(-len(rows) // batch_size))):
         yield make_batch(data, part, len(data) if n_total is None else n_total, dtype, device)
