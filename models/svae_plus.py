@@ -90,6 +90,8 @@ class SVAEPlus(PyroModule):
             z = pyro.sample("z", dist.Normal(0.0, one.expand(self.shape[1:])).to_event(1), infer=programs)
             shift = pyro.deterministic("shift", mechanism_shift(dose, mask * effect), event_dim=1)
             u = pyro.deterministic("u", z + shift, event_dim=1)
-            eta = self.decoder(u) + self.batch_offset[batch.batch_code]
+            eta = self.decoder(u)
+            if len(self.batch_offset) > 1:
+                eta = eta + self.batch_offset[batch.batch_code]
             x_loc = pyro.deterministic("x_loc", self.likelihood.mean(eta, batch.library_size), event_dim=1)
             return pyro.sample("x", self.likelihood(x_loc, batch.nonzeros), obs=batch.x, infer={"event_dims": ("gene",)})

@@ -42,9 +42,9 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
         raise DataError("the genes of the data are not those of the fit; select and order them as in fit.coords['gene']")
     old = fit.coords["perturbation"]
     known = {name for name, n in zip(old, fit.cells_per_perturbation, strict=True) if n > 0}
-    new = [name for name in data.perturbations if name not in known]
+    new = [name for name, n in zip(data.perturbations, data.cells_per_perturbation, strict=True) if n > 0 and name not in known]
     if not new:
-        raise DataError("every perturbation of the data was in the training set already; there is nothing to adapt to")
+        raise DataError("every perturbation of these cells was in the training set already; there is nothing to adapt to")
     names = list(old) + [name for name in new if name not in old]
     column = {name: i for i, name in enumerate(names)}
     carries = np.asarray(data.dose[:, data.perturbations.get_indexer(new)].sum(1)).ravel() > 0
@@ -70,10 +70,10 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
             gram += dose.T @ dose
             table.cross += dose.T @ u
     table.set_gram(gram)
-    misfit = table.misfit.clone()  # learned from the training set; the new cells are judged by it
+    leak = table.leak.clone()  # learned from the training set; the new cells are judged by it
     for _ in range(sweeps):
         table.update()
-        table.misfit.copy_(misfit)
+        table.leak.copy_(leak)
     counts = np.zeros(len(names), np.int64)
     counts[: len(old)] = fit.cells_per_perturbation
     for name in new:
@@ -104,5 +104,5 @@ def _move_table(source: CentredGuide, target: CentredGuide, n_old: int) -> None:
         gram = torch.zeros_like(ours.gram)
         gram[:n_old, :n_old] = theirs.gram
         ours.set_gram(gram)
-        ours.misfit.copy_(theirs.misfit)
+        ours.leak.copy_(theirs.leak)
         ours.is_sparse.copy_(theirs.is_sparse)

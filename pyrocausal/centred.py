@@ -77,6 +77,7 @@ class CentredGuide(PyroModule):
             return
         with batch.cells():
             a, v = self.encode(batch)
+            self.last_programs = batch, a.detach()  # for after_step, which would have to encode again
             pyro.sample("z", dist.Normal(a - mechanism_shift(batch.dose, mask * effect), v).to_event(1))
 
     def prior_sites(self) -> None:
@@ -108,8 +109,8 @@ class CentredGuide(PyroModule):
 
     def after_step(self, model: Any, batch: Batch, progress: float) -> None:
         """After every optimiser step: fold the minibatch into the table; turn the programs when it is time."""
-        with torch.no_grad():
-            a, _ = self.encode(batch)
+        seen, a = self.last_programs
+        assert seen is batch
         self._warm_up(progress)
         self.table.observe(batch.dose, a)
 

@@ -65,7 +65,9 @@ class _NegativeBinomialLogProb(torch.autograd.Function):
         grad_mu = grad_theta = None
         if ctx.needs_input_grad[0]:
             grad_mu = (-ratio * grad[..., None]).reshape(*lead, -1)
-            grad_mu = grad_mu.index_add(-1, nz.flat, nz.value * ratio_nz / mu_nz * grad[..., nz.row]).reshape(mu.shape)
+            at_nonzeros = nz.value * ratio_nz / mu_nz * grad[..., nz.row]
+            add = grad_mu.index_add if torch.is_grad_enabled() else grad_mu.index_add_
+            grad_mu = add(-1, nz.flat, at_nonzeros).reshape(mu.shape)
         if ctx.needs_input_grad[1]:
             per_gene = (theta.log() + 1) * grad.sum() - torch.einsum("...g,...->g", log_t + ratio, grad)
             term = torch.digamma(nz.value + theta_nz) - torch.digamma(theta)[nz.gene] - nz.value * ratio_nz / theta_nz

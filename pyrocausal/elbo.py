@@ -86,7 +86,7 @@ class ELBO(PyroELBO):
         if not q["fn"].has_rsample and _trainable(q["fn"]):
             raise ContractError(
                 f"the guide samples {name!r} from {type(_by_entry(q['fn'])).__name__}, which has no reparametrised gradient; "
-                "use StraightThroughBernoulli, or pass objective=pyro.infer.TraceGraph_ELBO() to fit"
+                "use StraightThroughBernoulli, or pass objective=pyro.infer.Trace_ELBO() to fit"
             )
         if self.rows == "batch" and _is_row_table(p, args) and _is_row_table(q, args):
             return self._by_rows(p, q, args[0])
@@ -140,6 +140,8 @@ def _is_row_table(site: dict[str, Any], args: tuple[Any, ...]) -> bool:
     """Whether a site is a table of independent entries whose rows are the perturbations."""
     dose = getattr(args[0], "dose", None) if args else None
     shape = site["fn"].event_shape
+    if site["fn"].batch_shape:  # a table of every cell
+        return False
     return dose is not None and len(shape) >= 2 and shape[-2] == dose.shape[-1] and _by_entry(site["fn"]).event_dim == 0
 
 

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -29,9 +29,10 @@ from torch import nn
 from tqdm import tqdm
 
 from pyrocausal import io
+from pyrocausal.checkpoint import State, restore, store
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO, KLWeight
-from pyrocausal.errors import CheckpointError, ContractError, DataError
+from pyrocausal.errors import ContractError, DataError
 from pyrocausal.loading import Batch, batches
 
 History: TypeAlias = pd.DataFrame
@@ -73,17 +74,6 @@ class Fit:
     def save(self, path: str | Path) -> None:
         """Write the run to a directory (JSON and ``.npz``, no pickle). An older run there is replaced only once the new one is complete."""
         io.save_fit(self, Path(path))
-
-
-@dataclass
-class _State:
-    """What a checkpoint holds beside the parameters."""
-
-    epoch: int = 0
-    best: float = -math.inf
-    since_best: int = 0
-    history: list[dict[str, float]] = field(default_factory=list)
-    best_state: dict[str, torch.Tensor] | None = None
 
 
 def fit(
@@ -143,7 +133,7 @@ def fit(
     device = torch.device(device)
     model.to(device)
     guide.to(device)
-    state = _State()
+    state = State()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         estimator = _objective(objective, model)
@@ -158,7 +148,7 @@ def fit(
         optimiser = torch.optim.Adam(groups, lr=lr, fused=True)
         base_rates = [g["lr"] for g in optimiser.param_groups]
         if resume and checkpoint is not None and Path(checkpoint).exists():
-            _restore(Path(checkpoint), loss_module, optimiser, state, seed)
+            restore(Path(checkpoint), loss_module, optimiser, state, seed)
         stopped = "early" if _exhausted(state, patience, held) else "max_epochs"
         bar = tqdm(
             total=max_epochs,
@@ -181,7 +171,7 @@ def fit(
                 bar.update()
                 bar.set_postfix_str(f"elbo {row['elbo']:.2f}" + (f", held out {row['validation']:.2f}" if held is not None else ""))
                 if checkpoint is not None and (state.epoch % checkpoint_every == 0 or state.epoch == max_epochs):
-                    _store(Path(checkpoint), loss_module, optimiser, state, seed)
+                    store(Path(checkpoint), loss_module, optimiser, state, seed)
                 if callback is not None and callback(state.epoch, row):
                     stopped = "callback"
                 elif _exhausted(state, patience, held):
@@ -201,7 +191,14 @@ def fit(
         coords=coords_of(data),
         cells_per_perturbation=train.cells_per_perturbation,
         stopped=stopped,
-        settings={"max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "seed": seed, "n_cells": len(train)},
+        settings={
+            "max_epochs": max_epochs,
+            "batch_size": batch_size,
+            "lr": lr,
+            "seed": seed,
+            "n_cells": len(train),
+            "objective": objective if isinstance(objective, str) else "exact",
+        },
         reference=reference_cells(train),
         recipe=getattr(model, "recipe", None),
     )
@@ -257,10 +254,11 @@ def _epoch(
     parameters = [p for g in optimiser.param_groups for p in g["params"]]
     total = torch.zeros((), device=device, dtype=torch.float64)
     sites: dict[str, torch.Tensor] = {}
+    healthy = torch.ones((), device=device, dtype=torch.bool)
     model.train()
     guide.train()
     weight, factor = 1.0, 1.0
-    with _quiet_validation(epoch > 0):
+    with _quiet_validation(True):
         for step, batch in enumerate(batches(train, batch_size, rng.permutation(n), device=device)):
             done = (epoch + step / n_steps) / max_epochs
             weight = min(1.0, (done * max_epochs * n_steps + 1) / max(1.0, kl_warmup * max_epochs * n_steps))
@@ -278,7 +276,8 @@ def _epoch(
                 guide.after_step(model, batch, done)
             total -= loss.detach() * len(batch)
             for name, term in _terms(loss_module).items():
-                sites[name] = sites.get(name, 0) + term * (len(batch) / n)
+                sites[name] = sites.get(name, 0) + torch.where(healthy, term, 0.0) * (len(batch) / n)
+            healthy = healthy & loss.detach().isfinite()  # later steps of a lost epoch would blame every site
     if hasattr(guide, "after_epoch"):
         guide.after_epoch(model, (epoch + 1) / max_epochs)
     row = {"elbo": float(total) / n, "validation": math.nan, "kl_weight": weight, "lr": base_rates[0] * factor}
@@ -310,12 +309,17 @@ def held_out_elbo(
     was_training = loss_module.training
     loss_module.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
-    with torch.random.fork_rng(), torch.no_grad(), _quiet_validation(True):
+    with torch.random.fork_rng(), _no_grad(loss_module), _quiet_validation(True):
         torch.manual_seed(seed)
         for batch in batches(held, batch_size, n_total=n_train, device=device):
-            total -= loss_module(batch).double() / n_train * len(batch)
+            total -= loss_module(batch).detach().double() / n_train * len(batch)
     loss_module.train(was_training)
     return float(total) / len(held)
+
+
+def _no_grad(loss_module: nn.Module) -> Any:
+    """Without gradients, if the bound allows it (TraceEnum_ELBO refuses to be evaluated without)."""
+    return torch.no_grad() if isinstance(getattr(loss_module, "elbo", None), ELBO) else nullcontext()
 
 
 def learning_rate_factor(done: float, schedule: str) -> float:
@@ -385,6 +389,8 @@ def _hold_out(
 
 def _objective(objective: str | PyroELBO, model: nn.Module) -> PyroELBO:
     if isinstance(objective, PyroELBO):
+        if not hasattr(objective, "differentiable_loss"):
+            raise ContractError(f"{type(objective).__name__} has no differentiable_loss, so it cannot train modules; use Trace_ELBO")
         return objective
     if objective == "exact":
         return ELBO()
@@ -398,10 +404,12 @@ def _objective(objective: str | PyroELBO, model: nn.Module) -> PyroELBO:
 def _first_step(loss_module: nn.Module, model: nn.Module, guide: nn.Module, train: PerturbationData, device: torch.device) -> None:
     """Run once with validation on: lazy parameters are made, and faults show before any work is done."""
     store = set(pyro.get_param_store().keys())
-    with torch.no_grad():
+    with _no_grad(loss_module):
         loss_module(train.batch(np.arange(min(4, len(train))), n_total=len(train), device=device))
     new = set(pyro.get_param_store().keys()) - store
     if new:
+        for name in new:
+            del pyro.get_param_store()[name]
         raise ContractError(f"pyro.param made {sorted(new)[0]!r} in the global store; make it a PyroParam or nn.Parameter of the module")
     if not any(p.requires_grad for p in loss_module.parameters()):
         raise ContractError("neither model nor guide has a parameter to train; add a PyroParam or nn.Parameter")
@@ -427,10 +435,10 @@ def _groups(module: nn.Module, lr: float, rates: dict[str, float]) -> list[dict[
     return [{"params": ps, "lr": lr * rate} for rate, ps in by_rate.items()]
 
 
-# -- stopping and checkpoints ---------------------------------------------------------------------------------------------------
+# -- stopping -------------------------------------------------------------------------------------------------------------------
 
 
-def _track_best(state: _State, row: dict[str, float], loss_module: nn.Module, counting: bool, held: bool) -> None:
+def _track_best(state: State, row: dict[str, float], loss_module: nn.Module, counting: bool, held: bool) -> None:
     if not held or not counting:
         return
     if row["validation"] > state.best:
@@ -440,35 +448,5 @@ def _track_best(state: _State, row: dict[str, float], loss_module: nn.Module, co
         state.since_best += 1
 
 
-def _exhausted(state: _State, patience: int | None, held: PerturbationData | None) -> bool:
+def _exhausted(state: State, patience: int | None, held: PerturbationData | None) -> bool:
     return held is not None and patience is not None and state.since_best >= patience
-
-
-def _store(path: Path, loss_module: nn.Module, optimiser: torch.optim.Optimizer, state: _State, seed: int) -> None:
-    arrays = {f"state/{k}": v for k, v in loss_module.state_dict().items()}
-    for i, moments in optimiser.state_dict()["state"].items():
-        arrays |= {f"optimiser/{i}/{k}": v for k, v in moments.items()}
-    if state.best_state is not None:
-        arrays |= {f"best/{k}": v for k, v in state.best_state.items()}
-    facts = {"epoch": state.epoch, "best": state.best, "since_best": state.since_best, "history": state.history, "seed": seed}
-    io.write_arrays(path, arrays, facts)
-
-
-def _restore(path: Path, loss_module: nn.Module, optimiser: torch.optim.Optimizer, state: _State, seed: int) -> None:
-    arrays, facts = io.read_arrays(path)
-    if facts.get("seed") != seed:
-        raise CheckpointError(f"{path.name!r} was written with seed={facts.get('seed')}, but seed={seed} was given; give the same seed")
-    try:
-        loss_module.load_state_dict({k.removeprefix("state/"): v for k, v in arrays.items() if k.startswith("state/")})
-    except RuntimeError as error:
-        raise CheckpointError(f"{path.name!r} belongs to another model or guide; give the pair it was written for") from error
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in arrays.items():
-        if key.startswith("optimiser/"):
-            _, i, name = key.split("/")
-            moments.setdefault(int(i), {})[name] = value
-    optimiser.load_state_dict({"state": moments, "param_groups": optimiser.state_dict()["param_groups"]})
-    state.epoch, state.best, state.since_best = facts["epoch"], facts["best"], facts["since_best"]
-    state.history = facts["history"]
-    best = {k.removeprefix("best/"): v for k, v in arrays.items() if k.startswith("best/")}
-    state.best_state = best or None

@@ -9,7 +9,6 @@ import importlib.metadata
 import io as _io
 import json
 import os
-import shutil
 import tempfile
 import zipfile
 from dataclasses import fields
@@ -34,12 +33,17 @@ def write_arrays(path: Path, arrays: dict[str, torch.Tensor], facts: dict[str, A
     """Write named tensors and JSON facts to one ``.npz`` file, atomically."""
     buffer = _io.BytesIO()
     text = np.frombuffer(json.dumps(facts).encode(), np.uint8)
-    np.savez(buffer, allow_pickle=False, **{k: v.detach().cpu().numpy() for k, v in arrays.items()}, **{FACTS: text})
+    contents: dict[str, Any] = {k: v.detach().cpu().numpy() for k, v in arrays.items()} | {FACTS: text}
+    np.savez(buffer, **contents)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    with os.fdopen(handle, "wb") as out:
-        out.write(buffer.getvalue())
-    Path(temporary).replace(path)
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(buffer.getvalue())
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def read_arrays(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
@@ -54,15 +58,31 @@ def read_arrays(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         with np.load(path, allow_pickle=False) as archive:
             arrays = {k: torch.from_numpy(archive[k]) for k in archive.files if k != FACTS}
             facts = json.loads(archive[FACTS].tobytes())
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path.name!r} is damaged or no file of this library ({type(error).__name__}); use an older copy") from error
     return arrays, facts
 
 
 def save_fit(fit: Fit, path: Path) -> None:
     """Write a run: ``state.npz``, ``run.json``, ``history.csv``; an older run is replaced when the new one is complete."""
+    if path.is_file() or (path.is_dir() and not (path / "run.json").is_file() and any(path.iterdir())):
+        raise CheckpointError(f"{str(path)!r} exists and is no saved run; give another directory")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as scratch:
+        new, old = Path(scratch) / "new", Path(scratch) / "old"
+        new.mkdir()
+        _write_run(fit, new)
+        if path.exists():
+            path.replace(old)
+        try:
+            new.replace(path)
+        except BaseException:
+            if old.exists():
+                old.replace(path)
+            raise
+
+
+def _write_run(fit: Fit, temporary: Path) -> None:
     state = {f"model/{k}": v for k, v in fit.model.state_dict().items()} | {f"guide/{k}": v for k, v in fit.guide.state_dict().items()}
     write_arrays(temporary / "state.npz", state, {"format": FORMAT})
     cells = {f.name: getattr(fit.reference, f.name) for f in fields(fit.reference)}
@@ -78,20 +98,11 @@ def save_fit(fit: Fit, path: Path) -> None:
         "cells_per_perturbation": [int(n) for n in fit.cells_per_perturbation],
         "stopped": fit.stopped,
         "settings": fit.settings,
+        "history": fit.history.reset_index().to_dict("list"),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "pyro-ppl", "numpy", "anndata")},
     }
     (temporary / "run.json").write_text(json.dumps(facts, indent=1))
     fit.history.to_csv(temporary / "history.csv")
-    if path.exists():
-        if not (path / "run.json").is_file() and any(path.iterdir()):
-            shutil.rmtree(temporary)
-            raise CheckpointError(f"{str(path)!r} exists and is no saved run; give another directory")
-        old = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.old."))
-        path.replace(old / "run")
-        temporary.replace(path)
-        shutil.rmtree(old)
-    else:
-        temporary.replace(path)
 
 
 def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | None = None) -> Fit:
@@ -116,8 +127,8 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
         raise CheckpointError(f"{str(path)!r} holds no run.json; give the directory that fit.save wrote")
     try:
         facts = json.loads((path / "run.json").read_text())
-        history = pd.read_csv(path / "history.csv", index_col="epoch")
-    except (ValueError, OSError) as error:
+        history = pd.DataFrame(facts["history"]).set_index("epoch")  # history.csv is for people
+    except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"the run in {str(path)!r} is damaged ({type(error).__name__}); use an older copy") from error
     if model is None or guide is None:
         if facts["recipe"] is None:
@@ -134,10 +145,13 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
         raise CheckpointError(
             f"the state in {str(path)!r} does not fit {type(part).__name__}; give the classes and sizes it was fitted with"
         ) from error
+    published: Any = getattr(model, "parity_objective", None)
+    objective = published() if published and facts["settings"].get("objective") == "parity" else ELBO()
+    objective.cells_per_perturbation = torch.as_tensor(facts["cells_per_perturbation"], dtype=torch.float32)
     return Fit(
         model=model.eval(),
         guide=guide.eval(),
-        elbo=ELBO()(model, guide),
+        elbo=objective(model, guide),
         history=history,
         coords=facts["coords"],
         cells_per_perturbation=np.array(facts["cells_per_perturbation"]),

@@ -113,8 +113,15 @@ def sparse_rotation(table: Tensor, starts: int = 4, steps: int = 300, seed: int 
 class SpikeSlabTable(nn.Module):
     """q(mask, effect) of a table [n_perturbations, n_latent], kept by its sufficient statistics rather than by gradients.
 
-    ``observe`` folds the programs of a minibatch into a running ``B`` (each perturbation forgets at its own pace, about once per epoch),
+    ``observe`` folds the programs of a minibatch into a running ``B`` (each perturbation forgets at its own pace, about twice per epoch),
     then runs the coordinate update. Until ``sparse()`` is called the mask is held on, so that the programs are found before their targets.
+
+    With ``robust`` (the default) the table knows that encoder and axes are never perfect. A perturbation that moves the program beside by r
+    shows about ``leak * r`` on a program that it does not target, and with hundreds of cells the exact posterior would call each such
+    trace a target. So the mean of an entry without target is Laplace with scale ``b = sqrt(TOLERANCE^2 + (leak r)^2)``, not zero; ``leak``
+    is learned per program from the entries that are off (empirical Bayes, prior mean ``LEAK``), and the evidence of an entry is tempered
+    by ``1 / (1 + 2 n b^2)``, a coarsened posterior (Miller and Dunson, JASA 2019). ``robust=False`` is the exact update of
+    :func:`spike_slab_update`.
     """
 
     gram: Tensor
@@ -123,10 +130,12 @@ class SpikeSlabTable(nn.Module):
     logits: Tensor
     loc: Tensor
     scale: Tensor
-    misfit: Tensor
+    leak: Tensor
     is_sparse: Tensor
 
     ON = 12.0  # logit of a mask entry that is held on
+    LEAK = 0.05  # prior: an axis is right to a twentieth
+    TOLERANCE = 0.05  # in basal standard deviations: what is not worth calling an effect, however many cells show it
 
     def __init__(self, n_perturbations: int, n_latent: int, mask_probability: float, effect_scale: float, robust: bool = True) -> None:
         super().__init__()
@@ -140,7 +149,7 @@ class SpikeSlabTable(nn.Module):
         self.register_buffer("logits", torch.full(shape, self.ON))
         self.register_buffer("loc", torch.zeros(shape))
         self.register_buffer("scale", torch.full(shape, effect_scale))
-        self.register_buffer("misfit", torch.zeros(n_latent))
+        self.register_buffer("leak", torch.zeros(n_latent))
         self.register_buffer("is_sparse", torch.zeros((), dtype=torch.bool))
         self.prior_weight = 1.0  # warm-up of the sparsity: the prior odds count with this weight
         self._coupled: bool | None = None
@@ -176,32 +185,47 @@ class SpikeSlabTable(nn.Module):
 
     @torch.no_grad()
     def update(self, sweeps: int = 1) -> None:
-        """One coordinate-ascent pass given the current statistics, and one EM step of the misfit."""
+        """One coordinate-ascent pass given the current statistics, and one EM step of the leak."""
         probs, log_odds = self.logits.sigmoid(), self.prior_weight * self.prior_log_odds()
         n_t = self.gram.diagonal()[:, None].clamp_min(1)
-        trust = 1 / (1 + 2 * n_t * self.misfit**2)  # a Laplace(b) has variance 2 b^2
+        spread = self._spread(probs * self.loc)
+        trust = 1 / (1 + 2 * n_t * spread**2)  # a Laplace(b) has variance 2 b^2
         logits, loc, scale = spike_slab_update(
             self.gram, self.cross, log_odds, self.effect_scale, probs, self.loc, trust, sweeps, self.coupled
         )
         if self.robust:
             others = (self.gram @ (probs * self.loc) - n_t * probs * self.loc) / n_t if self.coupled else 0.0
             mean = self.cross / n_t - others  # what the perturbation does, by its cells
-            logits = log_odds + self._log_bayes_factor(mean, n_t)
+            logits = log_odds + self._log_bayes_factor(mean, n_t, spread)
         self.logits.copy_(torch.where(self.is_sparse, logits.clamp(-self.ON, self.ON), self.ON))
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         if self.robust:
-            off = 1 - self.logits.sigmoid()
-            spread = (off * mean.abs()).sum(0) / off.sum(0).clamp_min(1)
-            noise = (off * (0.7979 * n_t.rsqrt())).sum(0) / off.sum(0).clamp_min(1)  # mean size of sampling noise alone
-            spread = (spread**2 - noise**2).clamp_min(0).sqrt()
-            self.misfit.copy_(torch.where(self.is_sparse, spread.clamp(max=self.effect_scale / 6), 0.0))
+            self.leak.copy_(torch.where(self.is_sparse, self._estimated_leak(mean, n_t), 0.0))
 
-    def _log_bayes_factor(self, mean: Tensor, n_t: Tensor) -> Tensor:
-        """log p(mean | target) - log p(mean | no target), [P, D]: a Gaussian slab against a Laplace spike of the misfit's scale."""
+    def _beside(self, moved: Tensor) -> Tensor:
+        """How far each perturbation moves the other programs, [P, D]."""
+        return (moved.square().sum(1, keepdim=True) - moved.square()).clamp_min(0).sqrt()
+
+    def _spread(self, moved: Tensor) -> Tensor:
+        """Scale b of the Laplace spike: what a program without target shows of the targets beside it, [P, D]."""
+        if not self.robust:
+            return torch.zeros_like(moved)
+        return torch.where(self.is_sparse, (self.TOLERANCE**2 + (self.leak * self._beside(moved)) ** 2).sqrt(), 0.0)
+
+    def _estimated_leak(self, mean: Tensor, n_t: Tensor) -> Tensor:
+        """Least squares of ``|mean| = leak * beside`` over the entries without target, per program, shrunk to ``LEAK``."""
+        off, beside = 1 - self.logits.sigmoid(), self._beside(self.expected())
+        excess = (mean.abs() - 0.8 * n_t.rsqrt()).clamp_min(0)  # 0.8: mean size of a standard normal, the sampling noise
+        top, bottom = (off * beside * excess).sum(0), (off * beside.square()).sum(0)
+        weight = bottom.mean()  # the prior counts as much as one program
+        return ((top + weight * self.LEAK) / (bottom + weight).clamp_min(1e-6)).clamp(max=0.2)
+
+    def _log_bayes_factor(self, mean: Tensor, n_t: Tensor, spread: Tensor) -> Tensor:
+        """log p(mean | target) - log p(mean | no target), [P, D]: a Gaussian slab against a Laplace spike."""
         variance = self.effect_scale**2 + 1 / n_t
         slab = -0.5 * mean**2 / variance - 0.5 * (2 * torch.pi * variance).log()
-        b = (self.misfit**2 + 0.5 / n_t).sqrt()
+        b = (spread**2 + 0.5 / n_t).sqrt()
         return slab + mean.abs() / b + (2 * b).log()
 
     def means(self) -> Tensor:
@@ -220,9 +244,10 @@ class SpikeSlabTable(nn.Module):
 
     @torch.no_grad()
     def sparse(self) -> None:
-        """From here on the mask is inferred; the misfit starts from the median size of an entry, since most are off."""
+        """From here on the mask is inferred; the leak starts from the median entry, since most entries are off."""
         self.is_sparse.fill_(True)
         if self.robust:
-            self.misfit.copy_((self.means().abs().median(0).values / 0.6931).clamp(max=self.effect_scale / 6))
-        for _ in range(20):  # let misfit and targets agree before the networks follow
+            means = self.means()
+            self.leak.copy_((means.abs().median(0).values / (0.69 * self._beside(means).median(0).values).clamp_min(1e-6)).clamp(max=0.2))
+        for _ in range(20):  # let leak and targets agree before the networks follow
             self.update()

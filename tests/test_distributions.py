@@ -193,7 +193,7 @@ def test_no_counts_at_all(name: str, lead: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("name", ["nb", "poisson"])
 @pytest.mark.parametrize("size", [1e4, 1e6, 1e8])
 def test_very_large_counts(name: str, size: float) -> None:
-    """float64. lgamma(x + 1) near 1e8 is 1.7e9, so the last digits of the difference are the rounding of two such numbers: 1e-15 of them."""
+    """float64. lgamma(x + 1) near 1e8 is 1.7e9: the last digits of the difference are the rounding of two such numbers, 1e-15 of them."""
     x = torch.tensor([[size, 0.0, size / 3 // 1]], dtype=F64)
     mu = torch.tensor([[size * 1.1, 2.0, size / 2]], dtype=F64, requires_grad=True)
     theta = torch.tensor([3.0, 0.5, 40.0], dtype=F64, requires_grad=True)
@@ -228,9 +228,9 @@ def test_a_mean_that_underflows(name: str, sparse: bool) -> None:
     eta = torch.tensor([[0.0, -200.0, -1.0], [-200.0, 0.0, -90.0]], requires_grad=True)
     theta = torch.tensor([0.5, 2.0, 10.0], requires_grad=True)
     mu = 100 * eta.softmax(-1)
-    assert float(mu[0, 1]) == 0 and 0 <= float(mu[1, 2]) < 1e-30
+    assert mu[0, 1] == 0 and 0 <= mu[1, 2] < 1e-30
     value = laws(name, mu, theta, nonzeros(x) if sparse else None).log_prob(x)
-    assert value.isfinite().all() and float(value.max()) < 0
+    assert value.isfinite().all() and (value < 0).all()
     grads = torch.autograd.grad(value.sum(), (eta, theta) if name == "nb" else (eta,))
     assert all(g.isfinite().all() for g in grads)
 

@@ -1,4 +1,4 @@
-"""Sparse tables: the closed form against enumeration, straight-through gradients against the exact ones, the rotation, the running table."""
+"""Sparse tables: the closed form against enumeration, straight-through gradients against exact ones, the rotation, the running table."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def enumerated(logits: Tensor) -> Tensor:
 
 def test_straight_through_of_a_quadratic_loss() -> None:
     """As for the linear loss, and the square of an entry's own mask is differentiated at the mask (2 m w^2) where the exact gradient has
-    the difference (w^2): the direction is bent too. Measured: cosine with the exact gradient 0.884, length ratio 0.818; it still descends."""
+    the difference (w^2): the direction is bent too. Measured: cosine with the exact gradient 0.884, length ratio 0.818."""
     exact = enumerated(LOGITS)
     mean, error = straight_through(LOGITS, quadratic, 200_000)
     p = LOGITS.sigmoid()
