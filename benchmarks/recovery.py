@@ -114,9 +114,9 @@ def summary(table: pd.DataFrame) -> str:
     """Mean over seeds, and the standard deviation behind it."""
     groups = table.groupby(["simulator", "variant", "model", "n_latent"], sort=False)[SCORES]
     mean, sd, n = groups.mean(), groups.std(), groups.size()
-    text = pd.DataFrame({c: [f"{m:.3f} ({s:.3f})" if m == m else "-" for m, s in zip(mean[c], sd[c], strict=True)] for c in SCORES[:-1]})
-    text.index = mean.index
-    return text.assign(seconds=mean["seconds"].round(1), seeds=n).to_string()
+    text = {c: mean[c].map("{:.3f}".format) + sd[c].map(" ({:.3f})".format) for c in SCORES[:-1]}
+    shown = pd.DataFrame(text).replace({"nan (nan)": "-"}).replace(r" \(nan\)", "", regex=True)
+    return shown.assign(seconds=mean["seconds"].round(1), seeds=n).to_string()
 
 
 def words(text: str) -> list[str]:

@@ -82,7 +82,8 @@ class SVAEPlus(PyroModule):
             mask = pyro.sample("mask", dist.Bernoulli(rho).to_event(2), infer=table)
             effect = pyro.sample("effect", dist.Normal(0.0, (self.effect_scale * one).expand(self.shape)).to_event(2), infer=table)
         else:
-            effect = pyro.sample("effect", dist.ImproperUniform(dist.constraints.real, (), self.shape), infer=table)
+            flat = dist.Normal(0.0, one.expand(self.shape)).mask(False).to_event(2)  # no prior, yet it can be run
+            effect = pyro.sample("effect", flat, infer=table)
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1)
             if self.parity:

@@ -61,25 +61,30 @@ def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> R
     log-probabilities; named dimensions; broadcasting over draws.
     """
     findings: list[Finding] = []
+    store = set(pyro.get_param_store().keys())
     n_total = 10 * len(data)
     cells = [int(i) for i in torch.linspace(0, len(data) - 1, min(4, len(data))).tolist()]
     batch = data.batch(cells, n_total=n_total)
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
-        guided = _trace(guide, batch, "guide", findings)
+        guided = _trace(guide, batch, "guide", findings, guide)
         modelled = None
         if guided is not None:
-            modelled = _trace(poutine.replay(model, trace=guided), batch, "model", findings)
+            modelled = _trace(poutine.replay(model, trace=guided), batch, "model", findings, model)
         if modelled is not None and guided is not None:
             _observation(modelled, batch, n_total, findings)
             _latents(modelled, guided, findings)
             _parameters(modelled, findings)
             _finite(modelled, guided, findings)
-            _dimensions(modelled, findings)
-            if "x" in modelled.nodes and "dose" in modelled.nodes:
-                _dose(model, modelled, batch, findings)
-            _hidden(model, batch, findings)
+            if not any("log-probability" in f.message for f in findings):  # NaN would stop, or mislead, what follows
+                plain = poutine.trace(model).get_trace(batch)  # a replayed trace shows the guide's declarations
+                _dimensions(plain, findings)
+                if "x" in modelled.nodes and "dose" in modelled.nodes:
+                    _dose(model, plain, batch, findings)
+                _hidden(model, batch, findings)
             _new_cells(guide, data, n_total, findings)
+    for name in set(pyro.get_param_store().keys()) - store:
+        del pyro.get_param_store()[name]
     if not any(f.level == "error" for f in findings):
         fast = len(data) > 1 and vectorises(model, guide, batch.rows([0, 1]), list(data.perturbations))
         text = (
@@ -91,15 +96,16 @@ def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> R
     return Report(tuple(findings))
 
 
-def _trace(fn: Any, batch: Batch, what: str, findings: list[Finding]) -> Any:
+def _trace(fn: Any, batch: Batch, what: str, findings: list[Finding], module: Any) -> Any:
     store = set(pyro.get_param_store().keys())
     try:
         trace = poutine.trace(fn).get_trace(batch)
         trace.compute_log_prob()
     except Exception as error:  # whatever the author's code raises is the finding
-        text = str(error).strip().splitlines()
-        findings.append(Finding("error", "", f"the {what} fails on a batch of cells: {type(error).__name__}: {text[0] if text else ''}"))
-        return None
+        trace = _without_validation(fn, batch) if isinstance(error, ValueError) and str(error).startswith("Expected") else None
+        if trace is None:
+            findings.append(_failure(error, what, module))
+            return None
     for name in sorted(set(pyro.get_param_store().keys()) - store):
         findings.append(
             Finding(
@@ -111,6 +117,39 @@ def _trace(fn: Any, batch: Batch, what: str, findings: list[Finding]) -> Any:
         )
         del pyro.get_param_store()[name]
     return trace
+
+
+def _without_validation(fn: Any, batch: Batch) -> Any:
+    """The trace of a pair that Pyro's own checks stop, so that :func:`_finite` can name the site; None if it fails without them too."""
+    try:
+        with pyro.validation_enabled(False):
+            trace = poutine.trace(fn).get_trace(batch)
+            trace.compute_log_prob()
+        return trace
+    except Exception:
+        return None
+
+
+def _failure(error: Exception, what: str, module: Any) -> Finding:
+    """A crash in plain words, where its cause is known."""
+    text = next(iter(str(error).strip().splitlines()), "")
+    if isinstance(error, NotImplementedError) and "global pyro.param" in text:
+        name = min(module._pyro_context.param_state["params"])
+        return Finding(
+            "error",
+            name,
+            f"pyro.param({name!r}) in the {what} lives in Pyro's global store, where another model can overwrite it; "
+            "make it a PyroParam of the module (or, to intervene on it, a sample or deterministic site)",
+        )
+    if "inside plate('cell')" in text:
+        site = text.split("at site ")[1].split()[0]
+        mend = (
+            "make the vector of each cell an event with .to_event(1)"
+            if what == "model"
+            else "make the vector of each cell an event with .to_event(1), and amortise: an encoder of batch.x, no parameter per cell"
+        )
+        return Finding("error", site, f"the site {site!r} of the {what} does not have one value for each cell ({text}); {mend}")
+    return Finding("error", "", f"the {what} fails on a batch of cells: {type(error).__name__}: {text}")
 
 
 def _observation(trace: Any, batch: Batch, n_total: int, findings: list[Finding]) -> None:
@@ -156,7 +195,7 @@ def _observation(trace: Any, batch: Batch, n_total: int, findings: list[Finding]
 
 
 def _latents(modelled: Any, guided: Any, findings: list[Finding]) -> None:
-    in_model = {n for n, s in _sample_sites(modelled) if not s["is_observed"]}
+    in_model = {n for n, s in _sample_sites(modelled) if not s["is_observed"] and n != "x"}
     in_guide = {n for n, _ in _sample_sites(guided)}
     for name in sorted(in_model - in_guide):
         findings.append(
@@ -218,7 +257,8 @@ def _dimensions(trace: Any, findings: list[Finding]) -> None:
 
 
 def _dose(model: Any, trace: Any, batch: Batch, findings: list[Finding]) -> None:
-    values = {n: s["value"] for n, s in _sample_sites(trace) if not s["is_observed"]}
+    values = {n: s["value"] for n, s in _sample_sites(trace) if not s["is_observed"] and n != "x"}
+    values = {n: torch.ones_like(v) if _is_binary(trace.nodes[n]["fn"]) else v for n, v in values.items()}  # every target on
     fixed = poutine.condition(model, data=values)
     laws = []
     for amount in (0.0, 1.0):
@@ -236,7 +276,18 @@ def _dose(model: Any, trace: Any, batch: Batch, findings: list[Finding]) -> None
 
 
 def _is_constant(site: dict[str, Any]) -> bool:
-    return type(site["fn"]) is _Subsample or _deterministic(site) or not hasattr(site["fn"], "mean")
+    if type(site["fn"]) is _Subsample or _deterministic(site):
+        return True
+    try:
+        return site["fn"].mean is None
+    except (AttributeError, NotImplementedError):
+        return True
+
+
+def _is_binary(fn: Any) -> bool:
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return isinstance(fn, torch.distributions.Bernoulli)
 
 
 def _hidden(model: Any, batch: Batch, findings: list[Finding]) -> None:
@@ -259,12 +310,22 @@ def _new_cells(guide: Any, data: PerturbationData, n_total: int, findings: list[
     try:
         guide(data.batch([0, 1, 2], n_total=n_total))
         guide(data.batch([len(data) - 1], n_total=n_total))
+        last = len(data) - 1
+        here, there = _seeded_trace(guide, data.batch([last], n_total=n_total)), _seeded_trace(guide, data[[last]].batch(n_total=n_total))
+        what = "" if all(torch.equal(s["value"], there.nodes[n]["value"]) for n, s in _sample_sites(here)) else "its place in the data"
     except Exception as error:
+        what = type(error).__name__
+    if what:
         findings.append(
             Finding(
                 "error",
                 "",
-                f"the guide cannot serve batches of another size or other cells ({type(error).__name__}); amortise it: "
+                f"the guide cannot serve batches of another size or other cells ({what} decides); amortise it: "
                 "an encoder of batch.x in place of a parameter per cell",
             )
         )
+
+
+def _seeded_trace(guide: Any, batch: Batch) -> Any:
+    torch.manual_seed(0)
+    return poutine.trace(guide).get_trace(batch)

@@ -47,15 +47,19 @@ def couple(x: Tensor, law: Any, new_law: Any, same: Tensor, noise: Noise) -> Ten
     if noise == "independent":
         return new_law.sample()
     kind = _kind(law)
+    changed = [n for n in ("theta", "concentration", "scale") if kind and not _same_parameter(law, new_law, n)]
     if kind is None:
         raise InterventionError(f"noise={noise!r} is not known for {type(law).__name__}; use noise='mean' or 'independent'")
     if kind == "normal":
         out = _shift_residual(x, law, new_law)
     elif noise == "shared":
+        if changed:
+            raise InterventionError("the intervention moves the dispersion, which thinning cannot follow; use noise='quantile'")
         out = _thin(x, law, new_law)
     else:
         out = _same_quantile(x, law, new_law)
-    unchanged = same[..., None] | ((new_law.mean - law.mean).abs() <= ROUNDING * law.mean.abs())
+    still = (new_law.mean - law.mean).abs() <= ROUNDING * law.mean.abs()
+    unchanged = same[..., None] | still if not changed else same[..., None]
     return torch.where(unchanged, x.expand(shape), out)
 
 
@@ -79,6 +83,11 @@ def _parts(law: Any) -> tuple[Tensor, Tensor | None]:
     return law.mean, None
 
 
+def _same_parameter(law: Any, new_law: Any, name: str) -> bool:
+    old, new = (getattr(getattr(part, "base_dist", part), name, None) for part in (law, new_law))
+    return old is None or torch.equal(*torch.broadcast_tensors(old, new))
+
+
 def _shift_residual(x: Tensor, law: Any, new_law: Any) -> Tensor:
     old, new = law.base_dist, new_law.base_dist
     return x + (new.loc - old.loc) + (new.scale - old.scale) * ((x - old.loc) / old.scale)
@@ -100,18 +109,18 @@ def _thin(x: Tensor, law: Any, new_law: Any) -> Tensor:
 def _same_quantile(x: Tensor, law: Any, new_law: Any) -> Tensor:
     from scipy import stats
 
-    (mu, theta), (new_mu, _) = _parts(law), _parts(new_law)
+    (mu, theta), (new_mu, new_theta) = _parts(law), _parts(new_law)
     counts = x.double().cpu().numpy()
 
-    def frozen(mean: Tensor) -> Any:
+    def frozen(mean: Tensor, theta: Tensor | None) -> Any:
         m = mean.double().cpu().numpy()
         if theta is None:
             return stats.poisson(m)
         t = theta.double().cpu().numpy()
         return stats.nbinom(t, t / (t + m))
 
-    old = frozen(mu)
+    old = frozen(mu, theta)
     low, high = old.cdf(counts - 1), old.cdf(counts)
     uniform = torch.rand(mu.shape, dtype=torch.float64).numpy()
     quantile = np.clip(low + uniform * (high - low), 0, 1 - 1e-12)
-    return torch.as_tensor(frozen(new_mu).ppf(quantile), dtype=x.dtype, device=x.device)
+    return torch.as_tensor(frozen(new_mu, new_theta).ppf(quantile), dtype=x.dtype, device=x.device)

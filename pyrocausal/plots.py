@@ -120,7 +120,7 @@ def effects_forest(effects: xr.Dataset, measured: xr.Dataset | None, interventio
     ax.set_title(intervention, fontsize=10, loc="left", fontweight="bold")
     ax.tick_params(axis="y", length=0)
     if has:  # above the data, which may be anywhere below
-        ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2, borderaxespad=0, handletextpad=0.3)
+        ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, borderaxespad=0, handletextpad=0.3)
     return _clean(ax)
 
 

@@ -7,6 +7,7 @@ convergence here; the ELBO trace (``sample_stats``) and ``az.loo`` do.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import networkx as nx
@@ -23,7 +24,8 @@ from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit
 from pyrocausal.loading import Batch
 from pyrocausal.query import MAX_BYTES, _chunks, _device, _fresh, _population, _same_names, _seeded, _unit, _vectorises
-from pyrocausal.worlds import MAX_ROWS, _plates, factual_base, latents, law_under
+from pyrocausal.worlds import MAX_ROWS, Base, _plates, factual_base, law_under
+from pyrocausal.worlds import global_draws as _global_draws
 
 RESERVED_DIMS = {
     "dose": ("perturbation",),
@@ -94,15 +96,18 @@ def to_inference_data(
         if size > MAX_BYTES:
             raise InterventionError(f"the groups about cells would take {size / 2**30:.1f} GiB; pass fewer cells or predictive_draws")
     with _seeded(seed, fit):
-        tables = global_draws(fit, draws)
+        drawn = global_draws(fit, max(draws, predictive_draws if cells is not None else 0))
+        tables = {k: v[:draws] for k, v in drawn.items()}
         net = {"net_effect": tables["mask"] * tables["effect"]} if {"mask", "effect"} <= tables.keys() else {}
         groups: dict[str, Any] = {"posterior": {k: v[None] for k, v in (tables | net).items()}}
         dims |= {"net_effect": dims.get("effect", ())}
         all_dims = {k: ("chain", "draw", *dims.get(k, _numbered(k, v, 1))) for k, v in (tables | net).items()}
         if cells is not None:
-            x, states = _predictive(fit, cells, predictive_draws, local)
+            x = _predictive(fit, cells, predictive_draws, drawn)
             if local:
-                _add_states(groups, all_dims, states, draws, dims, fit, cells)
+                states = _states(fit, cells, draws, drawn)
+                groups["posterior"] |= {k: v[None] for k, v in states.items()}
+                all_dims |= {k: ("chain", "draw", "cell", *dims[k]) for k in states}
             groups |= {
                 "posterior_predictive": {"x": x[None]},
                 "log_likelihood": {"x": log_likelihood(fit, cells, tables, particles)[None]},
@@ -131,15 +136,7 @@ def to_inference_data(
 
 def global_draws(fit: Fit, draws: int) -> dict[str, np.ndarray]:
     """Posterior draws of the latent sites outside the plate over cells, [draws, ...event]; consumes the current random state."""
-    example = fit.reference.to(_device(fit)).rows([0])
-    with torch.no_grad():
-        if _vectorises(fit):
-            with _plates(draws, None):
-                trace = poutine.trace(fit.guide).get_trace(example)
-            drawn = {k: v.expand(draws, *v.shape[1:]).reshape(draws, *v.shape[3:]) for k, v in latents(trace, local=False).items()}
-        else:
-            each = [latents(poutine.trace(fit.guide).get_trace(example), local=False) for _ in range(draws)]
-            drawn = {k: torch.stack([e[k] for e in each]) for k in each[0]}
+    drawn = _global_draws(fit.guide, fit.reference.to(_device(fit)).rows([0]), draws, _vectorises(fit))
     return {k: v.cpu().numpy() for k, v in drawn.items()}
 
 
@@ -175,7 +172,9 @@ def iwelbo(fit: Fit, data: PerturbationData, particles: int = 100, seed: int = 0
             batch = data.batch(np.arange(low, high), device=_device(fit))
             total = torch.full((high - low,), -math.inf, dtype=torch.float64, device=_device(fit))
             for start, stop in _chunks(particles, max(1, MAX_ROWS // (high - low)) if vectorised else 1):
-                weights = _log_weights(fit, batch, 1, {k: v[start:stop] for k, v in tables.items()}, vectorised)[0]
+                given = {k: v[start:stop] for k, v in tables.items()}
+                weights = _log_weights(fit, batch, 1 if tables else stop - start, given, vectorised)
+                weights = weights[0] if tables else weights[:, 0]
                 total = torch.logaddexp(total, weights.logsumexp(0))
             out[low:high] = (total - math.log(particles)).cpu().numpy()
     return out
@@ -257,39 +256,38 @@ def _weights_once(fit: Fit, batch: Batch, values: dict[str, Tensor], draws: int 
     return total.double().reshape(-1, len(batch)) if draws is not None else total.double()
 
 
-def _predictive(fit: Fit, cells: PerturbationData, draws: int, local: bool) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Posterior-predictive observations [draws, n_cells, n_genes], and the cells' latent sites [draws, n_cells, ...]."""
-    out = np.empty((draws, len(cells), len(fit.coords["gene"])), np.float32)
-    states: dict[str, np.ndarray] = {}
+def _bases(fit: Fit, cells: PerturbationData, draws: int, tables: dict[str, np.ndarray]) -> Iterator[tuple[slice, slice, Base]]:
+    """Factual base worlds in chunks of cells and draws, each draw with the same globals for all cells."""
     vectorised = _vectorises(fit)
+    given = {k: torch.as_tensor(v, device=_device(fit)) for k, v in tables.items()}
     for low, high in _chunks(len(cells), MAX_ROWS // 4):
         batch = cells.batch(np.arange(low, high), device=_device(fit))
-        for start, stop in _chunks(draws, max(1, MAX_ROWS // (high - low)) if vectorised else 1):
-            base = factual_base(fit.model, fit.guide, batch, stop - start if vectorised else None)
-            out[start:stop, low:high] = base.law.sample().reshape(stop - start, high - low, -1).cpu().numpy()
-            if local:
-                for name in latents(base.trace) | base.values:
-                    value = base.values[name]
-                    if any(f.name == "cell" for f in base.trace.nodes[name]["cond_indep_stack"]):
-                        value = value.reshape(stop - start, high - low, *value.shape[3 if vectorised else 1 :])
-                        states.setdefault(name, np.empty((draws, len(cells), *value.shape[2:]), np.float32))
-                        states[name][start:stop, low:high] = value.cpu().numpy()
-    return out, states
+        for start, stop in _chunks(draws, MAX_ROWS // (high - low) if vectorised else 1):
+            values = {k: v[start:stop] if vectorised else v[start] for k, v in given.items()}
+            base = factual_base(fit.model, fit.guide, batch, stop - start if vectorised else None, values)
+            yield slice(start, stop), slice(low, high), base
 
 
-def _add_states(
-    groups: dict[str, Any],
-    all_dims: dict[str, Any],
-    states: dict[str, np.ndarray],
-    draws: int,
-    dims: dict[str, tuple[str, ...]],
-    fit: Fit,
-    cells: PerturbationData,
-) -> None:
-    """Put local sites into the posterior; they have their own, fewer draws, whence the dimension ``draw_local``."""
-    for name, value in states.items():
-        groups["posterior"][name] = value[None]
-        all_dims[name] = ("chain", "draw_local", "cell", *dims[name])
+def _predictive(fit: Fit, cells: PerturbationData, draws: int, tables: dict[str, np.ndarray]) -> np.ndarray:
+    """Posterior-predictive observations, [draws, n_cells, n_genes]."""
+    out = np.empty((draws, len(cells), len(fit.coords["gene"])), np.float32)
+    for which, rows, base in _bases(fit, cells, draws, tables):
+        out[which, rows] = base.law.sample().reshape(out[which, rows].shape).cpu().numpy()
+    return out
+
+
+def _states(fit: Fit, cells: PerturbationData, draws: int, tables: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The cells' latent sites, each [draws, n_cells, ...event]."""
+    out: dict[str, np.ndarray] = {}
+    for which, rows, base in _bases(fit, cells, draws, tables):
+        shape = (which.stop - which.start, rows.stop - rows.start)
+        for name, value in base.values.items():
+            if name in tables:
+                continue
+            event = value.shape[3 if base.draws is not None else 1 :]
+            table = out.setdefault(name, np.empty((draws, len(cells), *event), np.float32))
+            table[which, rows] = value.reshape(*shape, *event).cpu().numpy()
+    return out
 
 
 def _loadings(fit: Fit, draws: int, unit: str) -> np.ndarray:
@@ -302,8 +300,9 @@ def _loadings(fit: Fit, draws: int, unit: str) -> np.ndarray:
             raise InterventionError("the model has no site 'shift', so its programs cannot be moved; declare it as a deterministic site")
         value = base.trace.nodes["shift"]["value"]
         steps = torch.eye(value.shape[-1], device=value.device)[:, None]  # [D, 1, D]
-        law = law_under(fit.model, base, {"shift": value + steps}, len(steps), strict=False)
-        moved = law.mean.reshape(stop - start, len(steps), 32, -1)
+        groups = [steps] if vectorised else list(steps[:, None])
+        laws = [law_under(fit.model, base, {"shift": value + step}, len(step), strict=False) for step in groups]
+        moved = torch.cat([law.mean.reshape(stop - start, -1, 32, law.mean.shape[-1]) for law in laws], 1)
         before = base.law.mean.reshape(stop - start, 1, 32, -1)
         parts.append(_population(moved, base.batch, unit) - _population(before, base.batch, unit))
     return np.concatenate(parts)

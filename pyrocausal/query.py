@@ -11,7 +11,8 @@ All return an ``xarray.Dataset`` with real names as coordinates; the unit, the r
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit
 from pyrocausal.interventions import Intervention, as_list, check
 from pyrocausal.loading import Batch
-from pyrocausal.worlds import MAX_ROWS, Base, factual_base, fresh_base, intervened_law, vectorises
+from pyrocausal.worlds import MAX_ROWS, Base, factual_base, fresh_base, global_draws, intervened_law, vectorises
 
 Do = Intervention | str | Sequence[Intervention | str] | Mapping[str, Intervention]
 MAX_BYTES = 4 * 2**30
@@ -64,10 +65,11 @@ def effects(
     with _seeded(seed, fit):
         vectorised = _vectorises(fit)
         for start, stop in _chunks(draws, max(1, MAX_ROWS // cells) if vectorised else 1):
+            _reseed(seed, start)
             base = _fresh(fit, stop - start if vectorised else None, cells)
             base_mean = base.law.mean.reshape(stop - start, 1, cells, -1)
             baseline[start:stop] = _population(base_mean, base.batch, unit)[:, 0]
-            for first, last in _chunks(len(named), max(1, MAX_ROWS // (cells * (stop - start)))):
+            for first, last in _worlds(named, cells * (stop - start), vectorised):
                 law, same = intervened_law(fit.model, base, [i for _, i in named[first:last]], fit.coords["perturbation"], strict=False)
                 mean = torch.where(same[..., None], base.law.mean, law.mean).reshape(stop - start, last - first, cells, -1)
                 expression[first:last, start:stop] = _population(mean, base.batch, unit).swapaxes(0, 1)
@@ -105,10 +107,11 @@ def interventional(
     with _seeded(seed, fit):
         vectorised = _vectorises(fit)
         for start, stop in _chunks(draws, max(1, MAX_ROWS // cells) if vectorised else 1):
+            _reseed(seed, start)
             base = _fresh(fit, stop - start if vectorised else None, cells)
             before = base.law.mean if noise == "mean" else base.law.sample()
             before = before.reshape(stop - start, 1, cells, -1)
-            for first, last in _chunks(len(named), max(1, MAX_ROWS // (cells * (stop - start)))):
+            for first, last in _worlds(named, cells * (stop - start), vectorised, noise):
                 law, same = intervened_law(fit.model, base, [i for _, i in named[first:last]], fit.coords["perturbation"], strict=False)
                 after = torch.where(same[..., None], base.law.mean, law.mean) if noise == "mean" else law.sample()
                 _write(out, (first, last), (start, stop), slice(None), before, after, base.batch, unit)
@@ -144,19 +147,22 @@ def counterfactual(
     factual = np.empty((draws, *shape) if noise == "mean" else shape, np.float32)
     with _seeded(seed, fit):
         vectorised = _vectorises(fit)
+        tables = global_draws(fit.guide, fit.reference.to(_device(fit)).rows([0]), draws, vectorised)  # a draw is one world for all cells
         for low, high in _chunks(len(data), MAX_ROWS // 4):
             batch = data.batch(np.arange(low, high), n_total=fit.settings["n_cells"], device=_device(fit))
             assert batch.x is not None
             n = high - low
             for start, stop in _chunks(draws, max(1, MAX_ROWS // n) if vectorised else 1):
-                base = factual_base(fit.model, fit.guide, batch, stop - start if vectorised else None)
+                _reseed(seed, start, low)
+                given = {k: v[start:stop] if vectorised else v[start] for k, v in tables.items()}
+                base = factual_base(fit.model, fit.guide, batch, stop - start if vectorised else None, given)
                 before = base.law.mean if noise == "mean" else batch.x
                 if noise == "mean":
                     factual[start:stop, low:high] = _cells(before.reshape(stop - start, n, -1), batch, unit)
                 else:
                     factual[low:high] = _cells(batch.x, batch, unit)
                 before = before.reshape(-1, 1, n, before.shape[-1])
-                for first, last in _chunks(len(named), max(1, MAX_ROWS // (n * (stop - start)))):
+                for first, last in _worlds(named, n * (stop - start), vectorised, noise):
                     acts = [i for _, i in named[first:last]]
                     law, same = intervened_law(fit.model, base, acts, fit.coords["perturbation"], strict=True)
                     after = couple(batch.x, base.law, law, same, noise)
@@ -178,7 +184,7 @@ def to_anndata(result: xr.Dataset, draw: int | None = None) -> Any:
         X=result["factual"].to_numpy() if "factual" in result and "draw" not in result["factual"].dims else first,
         obs=pd.DataFrame(index=[str(c) for c in result["cell"].to_numpy()]),
         var=pd.DataFrame(index=result["gene"].to_numpy()),
-        layers={str(k): layers.sel(intervention=k).to_numpy() for k in result["intervention"].to_numpy()},
+        layers={str(k).replace("/", "|"): layers.sel(intervention=k).to_numpy() for k in result["intervention"].to_numpy()},
     )
     out.uns["pyrocausal"] = {k: str(v) for k, v in result.attrs.items()}
     return out
@@ -235,7 +241,8 @@ def _device(fit: Fit) -> torch.device:
 
 def _vectorises(fit: Fit) -> bool:
     if fit.vectorises is None:
-        fit.vectorises = vectorises(fit.model, fit.guide, fit.reference.to(_device(fit)).rows([0, 1]), fit.coords["perturbation"])
+        example = fit.reference.to(_device(fit)).rows([0, len(fit.reference) - 1])
+        fit.vectorises = vectorises(fit.model, fit.guide, example, fit.coords["perturbation"])
     return fit.vectorises
 
 
@@ -243,6 +250,22 @@ def _fresh(fit: Fit, draws: int | None, cells: int) -> Base:
     reference = fit.reference.to(_device(fit))
     rows = torch.randint(len(reference), (cells,)).tolist()
     return fresh_base(fit.model, fit.guide, reference.rows([0]), reference.rows(rows), draws)
+
+
+def _reseed(*key: int) -> None:
+    """The random state of one chunk, whatever was drawn before it."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1))
+
+
+def _worlds(named: list[tuple[str, Intervention]], rows: int, vectorised: bool, noise: str = "mean") -> Iterator[tuple[int, int]]:
+    """Chunks of interventions. Where noise is drawn each is alone, from a random state that its companions do not touch."""
+    if noise == "mean":
+        yield from _chunks(len(named), MAX_ROWS // rows if vectorised else 1)
+        return
+    key = torch.initial_seed()
+    for k, (_, act) in enumerate(named):
+        _reseed(key, 1, zlib.crc32(str(act).encode()) if noise == "independent" else 0)
+        yield k, k + 1
 
 
 def _chunks(n: int, size: int) -> list[tuple[int, int]]:

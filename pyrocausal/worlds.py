@@ -108,19 +108,21 @@ def _location_scale(fn: Any) -> tuple[Any, Any]:
 
 
 def _same_law(a: Any, b: Any) -> bool:
-    while hasattr(a, "base_dist") and hasattr(b, "base_dist"):
-        a, b = a.base_dist, b.base_dist
+    """Whether two laws are equal: class, transforms and parameters (a law without parameters to compare counts as moved)."""
     if type(a) is not type(b):
         return False
-    for name in a.arg_constraints:
-        x, y = a.__dict__.get(name), b.__dict__.get(name)
-        if (x is None) != (y is None):
-            return False
-        if isinstance(x, Tensor) and isinstance(y, Tensor):
-            x, y = torch.broadcast_tensors(x, y)
-            if not torch.equal(x, y):
-                return False
-    return True
+    if hasattr(a, "base_dist"):
+        mine, theirs = getattr(a, "transforms", []), getattr(b, "transforms", [])
+        return len(mine) == len(theirs) and all(s == t for s, t in zip(mine, theirs, strict=True)) and _same_law(a.base_dist, b.base_dist)
+    names = [n for n in a.arg_constraints if n in a.__dict__ and n in b.__dict__] or list(a.arg_constraints)
+    return bool(names) and all(same_values(getattr(a, n), getattr(b, n)) for n in names)
+
+
+def same_values(a: Any, b: Any) -> bool:
+    """Whether two parameters are equal where they are broadcast together."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return torch.equal(*torch.broadcast_tensors(a, b))
+    return bool(a == b)
 
 
 @contextmanager
@@ -157,12 +159,31 @@ def fresh_base(model: Callable[..., Any], guide: Callable[..., Any], example: Ba
         return _run_base(model, latents(guided, local=False), population, draws)
 
 
-def factual_base(model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, draws: int | None) -> Base:
-    """The measured cells themselves: globals and locals from the guide (abduction), treatment as it was."""
+def factual_base(
+    model: Callable[..., Any], guide: Callable[..., Any], batch: Batch, draws: int | None, given: dict[str, Tensor] | None = None
+) -> Base:
+    """The measured cells themselves: locals from the guide (abduction), treatment as it was.
+
+    Args:
+        given: draws of the globals, [S, ...event] (without S when ``draws`` is None); from the guide if None.
+    """
+    lead = 0 if draws is None else 1
+    values = {k: v.reshape(*v.shape[:lead], *([1, 1] * lead), *v.shape[lead:]) for k, v in (given or {}).items()}
     with torch.no_grad():
         with _plates(draws, None):
-            guided = poutine.trace(guide).get_trace(batch)
-        return _run_base(model, latents(guided), batch, draws)
+            guided = poutine.trace(poutine.condition(guide, data=values)).get_trace(batch)
+        return _run_base(model, latents(guided) | values, batch, draws)
+
+
+def global_draws(guide: Callable[..., Any], example: Batch, draws: int, vectorised: bool) -> dict[str, Tensor]:
+    """Draws of the latent sites outside the plate over cells, [draws, ...event]; consumes the current random state."""
+    with torch.no_grad():
+        if vectorised:
+            with _plates(draws, None):
+                trace = poutine.trace(guide).get_trace(example)
+            return {k: v.expand(draws, *v.shape[1:]).reshape(draws, *v.shape[3:]) for k, v in latents(trace, local=False).items()}
+        each = [latents(poutine.trace(guide).get_trace(example), local=False) for _ in range(draws)]
+        return {k: torch.stack([e[k] for e in each]) for k in each[0]}
 
 
 def _run_base(model: Callable[..., Any], values: dict[str, Tensor], batch: Batch, draws: int | None) -> Base:
@@ -181,13 +202,15 @@ def _run_base(model: Callable[..., Any], values: dict[str, Tensor], batch: Batch
 def intervened_law(
     model: Callable[..., Any], base: Base, interventions: Sequence[Intervention], perturbations: Sequence[str], strict: bool
 ) -> tuple[Any, Tensor]:
-    """The law of the observation in each of K worlds, batch shape [S, K, n] (or [K, n]), and where a world is the base world.
+    """The law of the observation in each of K worlds, batch shape [S, K, n], and where a world is the base world.
+
+    Draw by draw (``base.draws`` is None) there is one world at a time, K = 1, and the batch shape is [1, n].
 
     Returns:
         ``(law, same)``: ``same`` [S or 1, K, n] is true for cells whose intervened sites have the very values of the base world.
     """
     given = {k: v for k, v in base.values.items() if k in ("mask", "effect")}
-    sites = [n for n, s in base.trace.nodes.items() if s["type"] == "sample"]
+    sites = [n for n, s in base.trace.nodes.items() if s["type"] == "sample" and (n in given or n not in ("mask", "effect"))]
     values = compile_sites(interventions, perturbations, base.batch.dose, given, sites, base.uniform)
     law = law_under(model, base, values, len(interventions), strict)
     same = (values["dose"] == base.batch.dose).all(-1)
@@ -200,7 +223,17 @@ def intervened_law(
 
 
 def law_under(model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool) -> Any:
-    """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds."""
+    """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds.
+
+    Draw by draw the model sees the shapes that it was written for: one world, no plates around it.
+    """
+    if base.draws is None:
+        assert n_worlds == 1
+        values = {k: v[0, 0] if k in ("mask", "effect") else v[0] for k, v in values.items()}
+        with torch.no_grad(), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
+            pyro.do(model, data=values)(base.batch)
+        law = tracer.trace.nodes["x"]["fn"]
+        return law.expand((1, *law.batch_shape))
     with torch.no_grad(), _plates(base.draws, n_worlds), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
         pyro.do(model, data=values)(base.batch)
     return tracer.trace.nodes["x"]["fn"]
@@ -219,9 +252,10 @@ def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Ba
             for s in range(2):
                 values = {k: v[s].reshape(v.shape[2:]) if v.shape[2] != 1 or v.dim() == 4 else v[s, 0, 0] for k, v in base.values.items()}
                 one = _run_base(model, values, example, None)
-                single, _ = intervened_law(model, one, acts, perturbations, strict=False)
-                if not torch.allclose(single.mean, law.mean[s], rtol=1e-3, atol=1e-5):
-                    return False
+                for k, act in enumerate(acts):
+                    single, _ = intervened_law(model, one, [act], perturbations, strict=False)
+                    if not torch.allclose(single.mean[0], law.mean[s, k], rtol=1e-3, atol=1e-5):
+                        return False
         except (RuntimeError, ValueError, IndexError, NotImplementedError):
             return False
     return True
