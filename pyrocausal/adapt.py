@@ -70,9 +70,10 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
             gram += dose.T @ dose
             table.cross += dose.T @ u
     table.set_gram(gram)
-    leak = table.leak.clone()  # learned from the training set; the new cells are judged by it
+    blur, leak = table.blur.clone(), table.leak.clone()  # learned from the training set; the new cells are judged by it
     for _ in range(sweeps):
         table.update()
+        table.blur.copy_(blur)
         table.leak.copy_(leak)
     counts = np.zeros(len(names), np.int64)
     counts[: len(old)] = fit.cells_per_perturbation
@@ -104,5 +105,6 @@ def _move_table(source: CentredGuide, target: CentredGuide, n_old: int) -> None:
         gram = torch.zeros_like(ours.gram)
         gram[:n_old, :n_old] = theirs.gram
         ours.set_gram(gram)
+        ours.blur.copy_(theirs.blur)
         ours.leak.copy_(theirs.leak)
         ours.is_sparse.copy_(theirs.is_sparse)

@@ -54,7 +54,7 @@ def _demo(a: argparse.Namespace) -> int:
     if a.screen is None:
         adata = demo_screen()
         data = PerturbationData.from_anndata(adata, batch_key="batch", modality="knockout")
-        settings = {"n_latent": 10, "max_epochs": 200, "name": "simulated screen", "truth": adata}
+        settings = {"n_latent": 10, "max_epochs": 80, "name": "simulated screen", "truth": adata}
     else:
         data, adata = _screen(a)
         settings = {"name": Path(a.screen).name, "truth": adata if "truth" in adata.uns else None}

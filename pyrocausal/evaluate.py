@@ -115,7 +115,8 @@ def mask_scores(true_mask: ArrayLike, probability: ArrayLike, matching: Columns 
     effects, nor calibration. Choose the threshold before the truth is seen; :func:`oracle_f1` is what choosing it afterwards would give.
     """
     true, called = np.asarray(true_mask) > 0.5, np.asarray(probability) > threshold
-    columns = _matching(true.T.astype(float) @ called) if matching is None else np.asarray(matching, dtype=np.int64)
+    overlap = true[: len(called)].T.astype(float) @ called[: len(true)]  # [L, D]; unequal numbers of rows are refused below
+    columns = _matching(overlap) if matching is None else np.asarray(matching, dtype=np.int64)
     hits, n_called, n_true = int((_aligned(true, columns, called) & called).sum()), int(called.sum()), int(true.sum())
     return MaskScores(hits / max(n_called, 1), hits / max(n_true, 1), 2 * hits / max(n_called + n_true, 1), columns)
 

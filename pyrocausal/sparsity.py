@@ -116,12 +116,12 @@ class SpikeSlabTable(nn.Module):
     ``observe`` folds the programs of a minibatch into a running ``B`` (each perturbation forgets at its own pace, about twice per epoch),
     then runs the coordinate update. Until ``sparse()`` is called the mask is held on, so that the programs are found before their targets.
 
-    With ``robust`` (the default) the table knows that encoder and axes are never perfect. A perturbation that moves the program beside by r
-    shows about ``leak * r`` on a program that it does not target, and with hundreds of cells the exact posterior would call each such
-    trace a target. So the mean of an entry without target is Laplace with scale ``b = sqrt(TOLERANCE^2 + (leak r)^2)``, not zero; ``leak``
-    is learned per program from the entries that are off (empirical Bayes, prior mean ``LEAK``), and the evidence of an entry is tempered
-    by ``1 / (1 + 2 n b^2)``, a coarsened posterior (Miller and Dunson, JASA 2019). ``robust=False`` is the exact update of
-    :func:`spike_slab_update`.
+    With ``robust`` (the default) the table knows that encoder and axes are never perfect. A program that a perturbation does not target
+    still shows a little of its own (``blur``), and a trace of what the perturbation does to the programs beside it (``leak * beside``);
+    with hundreds of cells the exact posterior would call each such trace a target. So the mean of an entry without target is Laplace with scale
+    ``b = sqrt(blur^2 + (leak beside)^2)``, not zero. Both are learned per program from the entries that are off (empirical Bayes with prior
+    means ``BLUR`` and ``LEAK``), and the evidence of an entry is tempered by ``1 / (1 + 2 n b^2)``, a coarsened posterior (Miller and
+    Dunson, JASA 2019). ``robust=False`` is the exact update of :func:`spike_slab_update`.
     """
 
     gram: Tensor
@@ -130,12 +130,13 @@ class SpikeSlabTable(nn.Module):
     logits: Tensor
     loc: Tensor
     scale: Tensor
+    blur: Tensor
     leak: Tensor
     is_sparse: Tensor
 
     ON = 12.0  # logit of a mask entry that is held on
     LEAK = 0.05  # prior: an axis is right to a twentieth
-    TOLERANCE = 0.05  # in basal standard deviations: what is not worth calling an effect, however many cells show it
+    BLUR = 0.05  # prior, in basal standard deviations
 
     def __init__(self, n_perturbations: int, n_latent: int, mask_probability: float, effect_scale: float, robust: bool = True) -> None:
         super().__init__()
@@ -149,6 +150,7 @@ class SpikeSlabTable(nn.Module):
         self.register_buffer("logits", torch.full(shape, self.ON))
         self.register_buffer("loc", torch.zeros(shape))
         self.register_buffer("scale", torch.full(shape, effect_scale))
+        self.register_buffer("blur", torch.zeros(n_latent))
         self.register_buffer("leak", torch.zeros(n_latent))
         self.register_buffer("is_sparse", torch.zeros((), dtype=torch.bool))
         self.prior_weight = 1.0  # warm-up of the sparsity: the prior odds count with this weight
@@ -201,25 +203,32 @@ class SpikeSlabTable(nn.Module):
         self.loc.copy_(loc)
         self.scale.copy_(scale)
         if self.robust:
-            self.leak.copy_(torch.where(self.is_sparse, self._estimated_leak(mean, n_t), 0.0))
+            blur, leak = self._estimated_misfit(mean, n_t)
+            self.blur.copy_(torch.where(self.is_sparse, blur, 0.0))
+            self.leak.copy_(torch.where(self.is_sparse, leak, 0.0))
 
     def _beside(self, moved: Tensor) -> Tensor:
         """How far each perturbation moves the other programs, [P, D]."""
         return (moved.square().sum(1, keepdim=True) - moved.square()).clamp_min(0).sqrt()
 
     def _spread(self, moved: Tensor) -> Tensor:
-        """Scale b of the Laplace spike: what a program without target shows of the targets beside it, [P, D]."""
-        if not self.robust:
-            return torch.zeros_like(moved)
-        return torch.where(self.is_sparse, (self.TOLERANCE**2 + (self.leak * self._beside(moved)) ** 2).sqrt(), 0.0)
+        """Scale b of the Laplace spike: what a program without target shows, by itself and of the targets beside it, [P, D]."""
+        return (self.blur**2 + (self.leak * self._beside(moved)) ** 2).sqrt()
 
-    def _estimated_leak(self, mean: Tensor, n_t: Tensor) -> Tensor:
-        """Least squares of ``|mean| = leak * beside`` over the entries without target, per program, shrunk to ``LEAK``."""
+    def _estimated_misfit(self, mean: Tensor, n_t: Tensor) -> tuple[Tensor, Tensor]:
+        """``blur`` and ``leak`` of each program from its entries without target, [D] each.
+
+        ``blur`` is the mean size of an entry beyond its sampling noise, over perturbations that move little else; ``leak`` the slope of
+        what is left against ``beside``. Each has a prior that counts as much as a few perturbations.
+        """
         off, beside = 1 - self.logits.sigmoid(), self._beside(self.expected())
         excess = (mean.abs() - 0.8 * n_t.rsqrt()).clamp_min(0)  # 0.8: mean size of a standard normal, the sampling noise
-        top, bottom = (off * beside * excess).sum(0), (off * beside.square()).sum(0)
-        weight = bottom.mean()  # the prior counts as much as one program
-        return ((top + weight * self.LEAK) / (bottom + weight).clamp_min(1e-6)).clamp(max=0.2)
+        quiet = off / (1 + beside.square())
+        blur = ((quiet * excess).sum(0) + 2 * self.BLUR) / (quiet.sum(0) + 2)
+        left = (excess - blur).clamp_min(0)
+        top, bottom = (off * beside * left).sum(0), (off * beside.square()).sum(0)
+        leak = (top + bottom.mean() * self.LEAK) / (bottom + bottom.mean()).clamp_min(1e-6)
+        return blur.clamp(max=self.effect_scale / 6), leak.clamp(max=0.2)
 
     def _log_bayes_factor(self, mean: Tensor, n_t: Tensor, spread: Tensor) -> Tensor:
         """log p(mean | target) - log p(mean | no target), [P, D]: a Gaussian slab against a Laplace spike."""

@@ -91,7 +91,7 @@ def test_mcc_ignores_order_sign_scale_and_surplus_columns(seed: int) -> None:
     value, columns = ev.mcc(true, found)
     other, moved = ev.mcc(true, found[:, order] * scale + rng.standard_normal(4))
     assert other == pytest.approx(value, abs=1e-9) and list(order[moved]) == list(columns)
-    wide, kept = ev.mcc(true, np.column_stack([found, np.full(len(true), 0.1), np.zeros(len(true))]))
+    wide, kept = ev.mcc(true, np.column_stack([found, np.full(len(true), 0.1 + seed / 7), np.zeros(len(true))]))
     assert wide == pytest.approx(value, abs=1e-12) and list(kept) == list(columns)
     noise = rng.standard_normal((len(true), 3)) * 1e-3
     assert ev.mcc(true, np.column_stack([true + noise[:, :1], noise])).value > 0.999  # at 80 cells noise correlates with |r| < .6
@@ -355,23 +355,27 @@ def test_rare_genes_and_single_cells_make_no_claims() -> None:
     assert not ev.de_genes(measured).sel(intervention=["one", "A"]).any()
 
 
-def null_screens(n_screens: int) -> tuple[np.ndarray, np.ndarray]:
+def null_screens(n_screens: int, n_control: int, n_treated: int, log_mean: float) -> tuple[np.ndarray, np.ndarray]:
     """On screens without effects: share of p < .05 of each, and whether any gene was found in it."""
     share, found = np.empty(n_screens), np.empty(n_screens, bool)
     for seed in range(n_screens):
         rng = np.random.default_rng(seed)
-        x = sp.csr_matrix(negative_binomial(rng, rng.lognormal(-1.5, 1.5, 150), 240))
-        keep = np.asarray(x.sum(0)).ravel() > 0  # means from .003 to 20 counts per cell
-        measured = ev.measured_effects(screen(x[:, keep], rng.permutation(["control"] * 180 + ["A"] * 60)))
+        x = sp.csr_matrix(negative_binomial(rng, rng.lognormal(log_mean, 1.5, 150), n_control + n_treated))
+        labels = rng.permutation(["control"] * n_control + ["A"] * n_treated)
+        measured = ev.measured_effects(screen(x[:, np.asarray(x.sum(0)).ravel() > 0], labels))
         share[seed], found[seed] = (measured["p_value"].to_numpy() < 0.05).mean(), ev.de_genes(measured).to_numpy().any()
     return share, found
 
 
-def test_false_discoveries_on_null_screens_are_at_most_nominal() -> None:
-    """400 independent screens. Without any effect every discovery is false, so the share of screens with one is the FDR."""
-    share, found = null_screens(400)
+@pytest.mark.parametrize(("n_control", "n_treated", "log_mean"), [(180, 60, -1.5), (1000, 20, -4.0)])
+def test_false_discoveries_on_null_screens_are_at_most_nominal(n_control: int, n_treated: int, log_mean: float) -> None:
+    """400 independent screens. Without any effect every discovery is false, so the share of screens with one is the FDR.
+
+    In the second setting nearly every gene has fewer than one count among the treated cells: Welch's test alone gives .12.
+    """
+    share, found = null_screens(400, n_control, n_treated, log_mean)
     assert share.mean() < 0.05 + 3 * share.std() / np.sqrt(len(share))
-    assert share.mean() > 0.02  # and not by never finding anything
+    assert share.mean() > (0.02 if log_mean > -2 else 0.005)  # and not by never finding anything
     assert found.mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(found))  # .083
 
 
@@ -406,8 +410,8 @@ def test_baselines(counts: pc.PerturbationData) -> None:
     np.testing.assert_allclose(baseline("additive")[1], expected.loc["A"] + expected.loc["B"], atol=2e-6)
     for kind in ("train", "additive"):
         assert baseline(kind)[2:].isnull().all()
-    with pytest.raises(DataError, match="no baseline 'add'.*did you mean"):
-        baseline("add")
+    with pytest.raises(DataError, match="no baseline 'addition'; did you mean 'additive'"):
+        baseline("addition")
 
 
 def test_scores_are_the_direct_computation(counts: pc.PerturbationData) -> None:
@@ -477,11 +481,11 @@ def test_scores_take_the_answers_of_a_model(counts: pc.PerturbationData) -> None
 def test_split_halves_have_four_times_the_variance_of_the_whole() -> None:
     rng = np.random.default_rng(0)
     labels = np.repeat(["control", "A", "B", "tiny"], [200, 80, 40, 3])
-    data = screen(rng.standard_normal((len(labels), 400)).astype(np.float32), labels)
+    data = screen(rng.standard_normal((len(labels), 4000)).astype(np.float32), labels)
     floor = ev.split_half(data, seed=1)
     assert list(floor.index) == ["A", "B"]
     for label, n in (("A", 80), ("B", 40)):
-        assert floor.loc[label, "mse"] == pytest.approx(4 * (1 / n + 1 / 200), rel=3.5 * np.sqrt(2 / 400))
+        assert floor.loc[label, "mse"] == pytest.approx(4 * (1 / n + 1 / 200), rel=3.5 * np.sqrt(2 / 4000))
     pd.testing.assert_frame_equal(floor, ev.split_half(data, seed=1))
     assert floor.loc["A", "mse"] != ev.split_half(data, seed=2).loc["A", "mse"]
 
