@@ -19,10 +19,15 @@
 # first cell by `adata = anndata.read_h5ad("screen.h5ad")`.
 
 # %%
+import warnings
+
+warnings.filterwarnings("ignore")  # of ArviZ about its next version, and of tqdm about widgets
+
 import arviz as az
 import matplotlib.pyplot as plt
 import networkx as nx
 import numpy as np
+import pyro
 
 import pyrocausal as pc
 from pyrocausal import evaluate, plots
@@ -52,7 +57,8 @@ model, guide = pc.build("sams_vae", data, n_latent=10)
 print(pc.check_model(model, guide, data))
 fit = pc.fit(model, guide, train, validation=test, max_epochs=120, batch_size=128, seed=0)
 print(fit)
-plots.elbo_curve(fit)
+fig, ax = plt.subplots(figsize=(6.4, 3.4), layout="constrained")
+plots.elbo_curve(fit, ax=ax)
 plt.show()
 
 # %% [markdown]
@@ -64,7 +70,8 @@ plt.show()
 # %%
 idata = pc.to_inference_data(fit, draws=400, cells=test[:200])
 probability = idata.posterior["mask"].mean(("chain", "draw"))
-plots.target_mask(probability.to_numpy(), list(data.perturbations))
+fig, ax = plt.subplots(figsize=(5.4, 6.4), layout="constrained")
+plots.target_mask(probability.to_numpy(), list(data.perturbations), ax=ax)
 plt.show()
 
 # %%
@@ -80,7 +87,7 @@ for name, row in zip(data.perturbations, probability.to_numpy(), strict=True):
 
 # %%
 single, double = pc.knockout("STAT1"), pc.knockout("JAK2") & pc.knockout("KEAP1")
-effects = pc.effects(fit, [single, double], draws=200)
+effects = pc.effects(fit, {"STAT1": single, "JAK2+KEAP1": double}, draws=200)
 measured = evaluate.measured_effects(test)
 effects
 
@@ -91,8 +98,8 @@ effects["effect"].sel(gene=genes).quantile([0.05, 0.5, 0.95], dim="draw").to_ser
 
 # %%
 fig, axes = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
-plots.effects_forest(effects, measured, str(single), genes, ax=axes[0])
-plots.effects_forest(effects, measured, "JAK2 & KEAP1", genes, ax=axes[1])
+plots.effects_forest(effects, measured, "STAT1", genes, ax=axes[0])
+plots.effects_forest(effects, measured, "JAK2+KEAP1", genes, ax=axes[1])
 plt.show()
 
 # %% [markdown]
@@ -122,7 +129,8 @@ twins["effect"].sel(intervention="STAT1", gene=genes).mean("draw").to_pandas().r
 # %%
 print(pc.sites(model, single, data))
 intervened = pc.do(model, single, data)
-intervened
+trace = pyro.poutine.trace(intervened).get_trace(cells.batch())
+trace.nodes["x_loc"]["value"].shape
 
 # %% [markdown]
 # ## ArviZ and NetworkX
@@ -145,7 +153,9 @@ layer = {"perturbation": 0, "program": 1, "gene": 2}
 nx.set_node_attributes(graph, {n: layer[kind] for n, kind in graph.nodes("kind")}, "layer")
 position = nx.multipartite_layout(graph, subset_key="layer")
 fig, ax = plt.subplots(figsize=(9, 7), layout="constrained")
-nx.draw_networkx(graph, position, ax=ax, node_size=250, font_size=8, node_color=[colours[k] for _, k in graph.nodes("kind")], edge_color="#cccccc")
+nx.draw_networkx(
+    graph, position, ax=ax, node_size=250, font_size=8, node_color=[colours[k] for _, k in graph.nodes("kind")], edge_color="#cccccc"
+)
 ax.axis("off")
 plt.show()
 

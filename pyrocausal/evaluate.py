@@ -373,7 +373,7 @@ def _centred(true: ArrayLike, estimated: ArrayLike) -> tuple[Array, Array]:
     t, e = np.asarray(true, dtype=float), np.asarray(estimated, dtype=float)
     if t.ndim != 2 or e.ndim != 2 or len(t) != len(e) or len(t) < 2:
         raise DataError(f"latents of shapes {t.shape} and {e.shape} were given; give [n_cells, n_latent] each, of the same cells")
-    return (t - t.mean(0)) * (np.ptp(t, axis=0) > 0), (e - e.mean(0)) * (np.ptp(e, axis=0) > 0)  # constant columns are exactly 0
+    return t - t.mean(0), e - e.mean(0)
 
 
 def _matching(weight: Array) -> NDArray[np.int64]:

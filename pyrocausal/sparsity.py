@@ -118,10 +118,10 @@ class SpikeSlabTable(nn.Module):
 
     With ``robust`` (the default) the table knows that encoder and axes are never perfect. A program that a perturbation does not target
     still shows a little of its own (``blur``), and a trace of what the perturbation does to the programs beside it (``leak * beside``);
-    with hundreds of cells the exact posterior would call each such trace a target. So the mean of an entry without target is Laplace with scale
-    ``b = sqrt(blur^2 + (leak beside)^2)``, not zero. Both are learned per program from the entries that are off (empirical Bayes with prior
-    means ``BLUR`` and ``LEAK``), and the evidence of an entry is tempered by ``1 / (1 + 2 n b^2)``, a coarsened posterior (Miller and
-    Dunson, JASA 2019). ``robust=False`` is the exact update of :func:`spike_slab_update`.
+    with hundreds of cells the exact posterior would call each such trace a target. So the mean of an entry without target is Laplace with
+    scale ``b = sqrt(blur^2 + (leak beside)^2)``, not zero. Both are learned per program from the entries that are off (empirical Bayes
+    with prior means ``BLUR`` and ``LEAK``), and the evidence of an entry is tempered by ``1 / (1 + 2 n b^2)``, a coarsened posterior
+    (Miller and Dunson, JASA 2019). ``robust=False`` is the exact update of :func:`spike_slab_update`.
     """
 
     gram: Tensor

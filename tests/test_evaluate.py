@@ -47,7 +47,7 @@ def negative_binomial(rng: np.random.Generator, mean: np.ndarray, n: int, theta:
 def counts() -> pc.PerturbationData:
     rng = np.random.default_rng(0)
     mean = rng.lognormal(0, 1.2, 30)
-    folds = {"control": 1.0, "A": rng.lognormal(0, 0.5, 30), "B": rng.lognormal(0, 0.5, 30), "A+B": rng.lognormal(0, 0.7, 30)}
+    folds = {"control": np.ones(30), "A": rng.lognormal(0, 0.5, 30), "B": rng.lognormal(0, 0.5, 30), "A+B": rng.lognormal(0, 0.7, 30)}
     sizes = {"control": 300, "A": 150, "B": 120, "A+B": 90}
     x = np.concatenate([negative_binomial(rng, mean * folds[k], sizes[k]) for k in sizes])
     return screen(sp.csr_matrix(x), np.repeat(list(sizes), list(sizes.values())))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import scipy.sparse as sp
 import pyrocausal as pc
 from pyrocausal.simulate import sams_screen, svae_screen
 
-SIMULATORS = {"svae": svae_screen, "sams": sams_screen}
+SIMULATORS: dict[str, Callable[..., ad.AnnData]] = {"svae": svae_screen, "sams": sams_screen}
 SMALL: dict[str, Any] = {"n_perturbations": 12, "n_latent": 6, "cells_per_perturbation": 40, "n_genes": 25, "n_control": 30}
 
 
