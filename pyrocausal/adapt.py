@@ -71,10 +71,14 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
             table.cross += dose.T @ u
     table.set_gram(gram)
     blur, leak = table.blur.clone(), table.leak.clone()  # learned from the training set; the new cells are judged by it
+    frozen_rows = {k: getattr(table, k).clone() for k in ("logits", "loc", "scale")}
+    kept = torch.tensor([name in known for name in names])[:, None]
     for _ in range(sweeps):
         table.update()
         table.blur.copy_(blur)
         table.leak.copy_(leak)
+        for k, before in frozen_rows.items():
+            getattr(table, k).copy_(torch.where(kept, before, getattr(table, k)))
     counts = np.zeros(len(names), np.int64)
     counts[: len(old)] = fit.cells_per_perturbation
     for name in new:

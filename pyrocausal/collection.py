@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyrocausal.data import PerturbationData
-from pyrocausal.errors import nearest
+from pyrocausal.errors import PyrocausalError, nearest
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
         settings: arguments of the model's or guide's constructor; those that both have go to both.
     """
     if name not in ENTRIES:
-        raise ValueError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
+        raise PyrocausalError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
     likelihood = "negative_binomial" if data.kind == "counts" else "gaussian"
     arguments = {"n_batches": len(data.batches), "likelihood": likelihood, **settings, **data.sizes._asdict()}
     return build_from({"name": name, "arguments": arguments, "seed": seed})
@@ -69,7 +69,7 @@ def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     accepted = [set(inspect.signature(c.__init__).parameters) - {"self"} for c in classes]
     unknown = set(recipe["arguments"]) - accepted[0] - accepted[1]
     if unknown:
-        raise ValueError(f"{recipe['name']} has no setting {min(unknown)!r}{nearest(min(unknown), sorted(accepted[0] | accepted[1]))}")
+        raise PyrocausalError(f"{recipe['name']} has no setting {min(unknown)!r}{nearest(min(unknown), sorted(accepted[0] | accepted[1]))}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe["seed"])
         model, guide = (c(**{k: v for k, v in arguments.items() if k in ok}) for c, ok in zip(classes, accepted, strict=True))

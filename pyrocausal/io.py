@@ -40,6 +40,7 @@ def write_arrays(path: Path, arrays: dict[str, torch.Tensor], facts: dict[str, A
     try:
         with os.fdopen(handle, "wb") as out:
             out.write(buffer.getvalue())
+        Path(temporary).chmod(0o644)  # as any other file; mkstemp makes it private
         Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
