@@ -19,6 +19,7 @@ import pyro.distributions as dist
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from pyrocausal.centred import TURNS, CentredGuide
 from pyrocausal.data import PerturbationData
@@ -108,11 +109,11 @@ class SAMSVAEMeanField(PyroModule):
         if batch.x is None:
             return
         with batch.cells():
-            h = self.standardise(batch.x)
-            if self.conditional:
-                shift = mechanism_shift(batch.dose, mask * effect)
-                h = torch.cat([h.expand(*shift.shape[:-1], h.shape[-1]), shift], -1)
-            loc, log_scale = self.encoder(h).chunk(2, -1)
+            first, n_genes = self.encoder.first, batch.x.shape[-1]
+            h = linear(self.standardise(batch.x), first.weight[:, :n_genes], first.bias)
+            if self.conditional:  # MLP([norm(x), shift]): its first layer in two halves, x's once for all particles
+                h = h + linear(mechanism_shift(batch.dose, mask * effect), first.weight[:, n_genes:])
+            loc, log_scale = self.encoder.after_first(h).chunk(2, -1)
             pyro.sample("z", dist.Normal(loc, log_scale.exp() + FLOOR).to_event(1))
 
 

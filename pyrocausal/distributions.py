@@ -24,15 +24,6 @@ from pyrocausal.loading import Nonzeros
 TINY = 1e-30  # floor of a mean whose logarithm is taken (a softmax may underflow in float32)
 
 
-def _nonzeros_of(x: Tensor) -> Nonzeros:
-    """The sparse pieces of a dense count matrix [n, G]."""
-    row, gene = x.nonzero(as_tuple=True)
-    flat = row * x.shape[-1] + gene
-    value = x.reshape(-1)[flat]
-    log_factorial = x.new_zeros(x.shape[0]).index_add_(0, row, torch.lgamma(value + 1))
-    return Nonzeros(x, flat, row, gene, value, log_factorial)
-
-
 class _NegativeBinomialLogProb(torch.autograd.Function):
     """sum_g log NB(x_g; mu_g, theta_g): [..., n, G], [G] -> [..., n]."""
 
@@ -64,12 +55,14 @@ class _NegativeBinomialLogProb(torch.autograd.Function):
         ratio_nz = ratio.reshape(*lead, -1)[..., nz.flat]
         grad_mu = grad_theta = None
         if ctx.needs_input_grad[0]:
-            grad_mu = (-ratio * grad[..., None]).reshape(*lead, -1)
+            grad_mu = (ratio * -grad[..., None]).reshape(*lead, -1)
             at_nonzeros = nz.value * ratio_nz / mu_nz * grad[..., nz.row]
             add = grad_mu.index_add if torch.is_grad_enabled() else grad_mu.index_add_
             grad_mu = add(-1, nz.flat, at_nonzeros).reshape(mu.shape)
         if ctx.needs_input_grad[1]:
-            per_gene = (theta.log() + 1) * grad.sum() - torch.einsum("...g,...->g", log_t + ratio, grad)
+            per_gene = (theta.log() + 1) * grad.sum()
+            for part in (log_t, ratio):
+                per_gene = per_gene - torch.einsum("...g,...->g", part, grad)
             term = torch.digamma(nz.value + theta_nz) - torch.digamma(theta)[nz.gene] - nz.value * ratio_nz / theta_nz
             flat = (term * grad[..., nz.row]).reshape(lead.numel(), len(nz.gene)).sum(0)
             grad_theta = per_gene.index_add(0, nz.gene, flat)

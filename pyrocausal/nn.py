@@ -31,6 +31,12 @@ class MLP(nn.Sequential):
         assert isinstance(layer, nn.Linear)
         return layer
 
+    def after_first(self, h: Tensor) -> Tensor:
+        """All layers but the first, for an input whose first layer is computed in pieces."""
+        for layer in list(self)[1:]:
+            h = layer(h)
+        return h
+
     @property
     def last(self) -> nn.Linear:
         """The layer that writes the output."""
@@ -64,5 +70,5 @@ class Standardise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., n_genes] -> [..., n_genes]."""
-        h = x.log1p() if self.log else x
-        return (h - self.mean) / self.scale
+        h = x.log1p().sub_(self.mean) if self.log else x - self.mean
+        return h.div_(self.scale)

@@ -76,7 +76,11 @@ def test_resume_equals_the_uninterrupted_run(screen: Path, tmp_path: Path) -> No
 
 
 def test_interrupt_keeps_what_was_fitted(
-    screen: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    screen: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     module = sys.modules["pyrocausal.fit"]  # pyrocausal.fit is the function
     original, epochs = module._epoch, []
@@ -88,6 +92,8 @@ def test_interrupt_keeps_what_was_fitted(
         return original(*arguments)
 
     monkeypatch.setattr(module, "_epoch", interrupted)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert main(["fit", str(screen), "--out", str(tmp_path / "r"), "--epochs", "9", "--latent", "2"]) == INTERRUPTED
     assert "interrupted after 2 of 9 epochs; what was fitted until then was kept" in capsys.readouterr().err
     assert len(pc.load(tmp_path / "r").history) == 2
