@@ -30,8 +30,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import pyrocausal as pc
 from pyrocausal.distributions import NegativeBinomial
-from pyrocausal.fit import _groups, _rates
 from pyrocausal.loading import Batch
+from pyrocausal.optimiser import learning_rates_of, parameter_groups
 
 N_CELLS, N_PERTURBATIONS, N_LATENT, N_HIDDEN, POPULATION = 512, 100, 100, 400, 100_000
 SIZES = {"n_latent": N_LATENT, "n_hidden": N_HIDDEN, "n_layers": 2}
@@ -63,7 +63,7 @@ def pair(name: str, data: pc.PerturbationData) -> tuple[Any, Any]:
 
 def optimiser_of(model: Any, guide: Any) -> torch.optim.Optimizer:
     module = pc.ELBO()(model, guide)
-    return torch.optim.Adam(_groups(module, 1e-3, _rates(model, guide, None)), lr=1e-3, fused=True)
+    return torch.optim.Adam(parameter_groups(module, 1e-3, learning_rates_of(model, guide, None)), lr=1e-3, fused=True)
 
 
 def ours(model: Any, guide: Any, batch: Batch) -> Step:

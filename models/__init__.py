@@ -8,10 +8,12 @@ from types import ModuleType
 from typing import Any
 
 from pyrocausal.collection import table
+from pyrocausal.models.discrepancy_vae import DiscrepancyVAE
 from pyrocausal.models.sams_vae import SAMSVAE
+from pyrocausal.models.sccvae import SCCVAE, SCCVAEParity
 from pyrocausal.models.svae_plus import SVAEPlus
 
-__all__ = ["SAMSVAE", "SVAEPlus"]
+__all__ = ["SAMSVAE", "SCCVAE", "DiscrepancyVAE", "SCCVAEParity", "SVAEPlus"]
 
 
 class _Collection(ModuleType):

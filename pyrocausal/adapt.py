@@ -1,30 +1,35 @@
-"""Perturbations that a fit never saw: their targets and effects from cells that received them, everything else frozen."""
+"""Perturbations that a fit never saw: what they do, from cells that received them, everything else frozen."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from pyrocausal.centred import CentredGuide
 from pyrocausal.collection import build_from
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO
 from pyrocausal.errors import ContractError, DataError
 from pyrocausal.fit import Fit, coords_of
-from pyrocausal.loading import batches
+from pyrocausal.loading import Batch, batches
 
 
-def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
-    """A fit that also knows the perturbations of ``data`` (the transfer task of sVAE+, arXiv 2211.03553, done in closed form).
+def adapt(fit: Fit, data: PerturbationData, *, embedding: Any = None, sweeps: int = 10) -> Fit:
+    """A fit that also knows the perturbations of ``data``: few-shot, in closed form (the transfer task of sVAE+, arXiv 2211.03553).
 
-    Encoder, decoder and dispersions stay as they are; the cells of ``data`` that carry a new perturbation are encoded once, and
-    ``q(mask, effect)`` follows from their sufficient statistics as for every other perturbation, sparsity included.
+    Encoder, decoder, network and dispersions stay as they are; the cells of ``data`` that carry a new perturbation are encoded once, and
+    what it targets and how far it moves it follows from their sufficient statistics, as for every other perturbation. Give it cells that
+    will not be used to judge the answer.
 
     Args:
-        fit: of a model of the collection with a centred guide.
+        fit: of a model of the collection whose guide keeps sufficient statistics (``guide.absorb``).
         data: cells of new perturbations (cells without a new one are ignored); the genes must be those of the fit.
+        embedding: rows of perturbations whose names the fit has never heard, ``pandas.DataFrame`` by name, on the scale of the embedding
+            that the model was built with; needed by models with an embedding if there are such names.
         sweeps: passes of the coordinate update.
 
     Returns:
@@ -34,7 +39,7 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
         ContractError: if the guide keeps no sufficient statistics. DataError: if the genes differ or no perturbation is new.
     """
     guide = fit.guide
-    if not isinstance(guide, CentredGuide) or fit.recipe is None:
+    if not hasattr(guide, "absorb") or fit.recipe is None:
         raise ContractError(
             f"{type(guide).__name__} keeps no sufficient statistics to adapt; fit a model of the collection with its default guide"
         )
@@ -50,35 +55,24 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
     carries = np.asarray(data.dose[:, data.perturbations.get_indexer(new)].sum(1)).ravel() > 0
     part = data[carries]
 
-    recipe = {**fit.recipe, "arguments": {**fit.recipe["arguments"], "n_perturbations": len(names)}}
+    arguments = {**fit.recipe["arguments"], "n_perturbations": len(names)}
+    if arguments.get("embedding") is not None and len(names) > len(old):
+        arguments["embedding"] = _longer(np.asarray(arguments["embedding"]), embedding, names[len(old) :])
+    recipe = {**fit.recipe, "arguments": arguments}
     model, adapted = build_from(recipe)
-    assert isinstance(adapted, CentredGuide)
-    table = adapted.table
-    model.load_state_dict(fit.model.state_dict())
-    frozen = {k: v for k, v in guide.state_dict().items() if not k.startswith("table.")}
-    adapted.load_state_dict(frozen, strict=False)
-    _move_table(guide, adapted, len(old))
+    for source, target in ((fit.model, model), (guide, adapted)):
+        copy_state(source, target, len(old))
 
     place = torch.zeros(len(data.perturbations), len(names))
     for i, name in enumerate(data.perturbations):
         place[i, column[name]] = 1
-    gram = table.gram.clone()
-    with torch.no_grad():
+
+    def cells() -> Iterator[Batch]:
         for batch in batches(part, 2048):
-            dose = batch.dose @ place
-            u, _ = adapted.encode(batch)
-            gram += dose.T @ dose
-            table.cross += dose.T @ u
-    table.set_gram(gram)
-    blur, leak = table.blur.clone(), table.leak.clone()  # learned from the training set; the new cells are judged by it
-    frozen_rows = {k: getattr(table, k).clone() for k in ("logits", "loc", "scale")}
-    kept = torch.tensor([name in known for name in names])[:, None]
-    for _ in range(sweeps):
-        table.update()
-        table.blur.copy_(blur)
-        table.leak.copy_(leak)
-        for k, before in frozen_rows.items():
-            getattr(table, k).copy_(torch.where(kept, before, getattr(table, k)))
+            yield replace(batch, dose=batch.dose @ place)
+
+    with torch.no_grad():
+        adapted.absorb(model, cells(), torch.tensor([name in known for name in names]), sweeps)  # type: ignore[operator]
     counts = np.zeros(len(names), np.int64)
     counts[: len(old)] = fit.cells_per_perturbation
     for name in new:
@@ -100,15 +94,23 @@ def adapt(fit: Fit, data: PerturbationData, *, sweeps: int = 10) -> Fit:
     )
 
 
-def _move_table(source: CentredGuide, target: CentredGuide, n_old: int) -> None:
-    """Copy the statistics of the known perturbations into the larger table."""
-    theirs, ours = source.table, target.table
-    with torch.no_grad():
-        for name in ("cross", "logits", "loc", "scale", "seen"):
-            getattr(ours, name)[:n_old] = getattr(theirs, name)
-        gram = torch.zeros_like(ours.gram)
-        gram[:n_old, :n_old] = theirs.gram
-        ours.set_gram(gram)
-        ours.blur.copy_(theirs.blur)
-        ours.leak.copy_(theirs.leak)
-        ours.is_sparse.copy_(theirs.is_sparse)
+@torch.no_grad()
+def copy_state(source: nn.Module, target: nn.Module, n_old: int) -> None:
+    """Copy every parameter and buffer; one that has grown with the perturbations keeps its new rows (and columns) behind the old."""
+    theirs = {**dict(source.named_parameters()), **dict(source.named_buffers())}
+    for name, ours in {**dict(target.named_parameters()), **dict(target.named_buffers())}.items():
+        block = tuple(slice(0, n_old) if a != b else slice(None) for a, b in zip(ours.shape, theirs[name].shape, strict=True))
+        ours[block] = theirs[name]
+
+
+def _longer(embedding: np.ndarray, table: Any, names: list[str]) -> np.ndarray:
+    """The embedding [P, E] with rows for more names."""
+    missing = names if table is None else [n for n in names if n not in table.index]
+    if missing:
+        raise DataError(
+            f"the model knows perturbations by an embedding, and {missing[0]!r} has none; pass embedding= with a row for each new name"
+        )
+    rows = table.loc[names].to_numpy(dtype=embedding.dtype)
+    if rows.shape[1] != embedding.shape[1]:
+        raise DataError(f"the embedding has {rows.shape[1]} columns, but the fit's has {embedding.shape[1]}; give the same ones")
+    return np.concatenate([embedding, rows])

@@ -15,7 +15,7 @@ chases the other. Training has two phases, by progress through the epochs:
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro
@@ -128,6 +128,24 @@ class CentredGuide(PyroModule):
         """The sparsity prior comes in between the first turn and the last, so that targets are not lost before the axes are right."""
         first, last = min(self.turns, default=0.0), self.settled
         self.table.prior_weight = min(1.0, max(0.0, (progress - first) / max(last - first, 1e-9)))
+
+    @torch.no_grad()
+    def absorb(self, model: Any, cells: Iterable[Batch], known: Tensor, sweeps: int) -> None:
+        """Fold in cells of perturbations without any so far; rows that are ``known`` [P] stay as they are."""
+        table = self.table
+        gram = table.gram.clone()
+        for batch in cells:
+            gram += batch.dose.T @ batch.dose
+            table.cross += batch.dose.T @ self.encode(batch)[0]
+        table.set_gram(gram)
+        frozen = {k: getattr(table, k).clone() for k in ("logits", "loc", "scale")}
+        blur, leak = table.blur.clone(), table.leak.clone()  # learned from the training set; the new cells are judged by it
+        for _ in range(sweeps):
+            table.update()
+            table.blur.copy_(blur)
+            table.leak.copy_(leak)
+            for k, before in frozen.items():
+                getattr(table, k).copy_(torch.where(known[:, None], before, getattr(table, k)))
 
     @torch.no_grad()
     def turn(self, model: Any, rotation: Tensor) -> None:

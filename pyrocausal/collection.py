@@ -23,6 +23,7 @@ class Entry:
     paper: str
     answers: str
     fixed: tuple[tuple[str, Any], ...] = ()
+    data_kind: str = "any"  # "normalised": not for counts
 
 
 ENTRIES = {
@@ -31,6 +32,11 @@ ENTRIES = {
     "sams_vae_correlated": Entry("SAMSVAE", "SAMSVAECorrelated", "Bereket & Karaletsos 2023", "as sams_vae, the paper's correlated guide"),
     "svae_plus": Entry("SVAEPlus", "SVAEPlus", "Lopez et al. 2023", "as sams_vae, with learned sparsity"),
     "svae_plus_parity": Entry("SVAEPlus", "SVAEPlusParity", "Lopez et al. 2023", "the published sVAE+ objective", (("parity", True),)),
+    "sccvae": Entry("SCCVAE", "SCCVAE", "Liu, Zhang & Uhler 2026", "effects, unseen perturbations, doses, network, clamps"),
+    "sccvae_parity": Entry("SCCVAEParity", "SCCVAEParity", "Liu, Zhang & Uhler 2026", "the published SCCVAE", data_kind="normalised"),
+    "discrepancy_vae": Entry(
+        "DiscrepancyVAE", "DiscrepancyVAE", "Zhang et al. 2023", "effects of singles and pairs, as published", data_kind="normalised"
+    ),
     "cpa_vae": Entry(
         "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "as sams_vae, every perturbation moves every program", (("dense", True),)
     ),
@@ -52,21 +58,25 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
         name: one of ``pc.models()``.
         data: gives the sizes, the batches, and the default likelihood (negative binomial for counts, Gaussian otherwise).
         seed: of the initial weights.
-        settings: arguments of the model's or guide's constructor; those that both have go to both.
+        settings: arguments of the model's or guide's constructor; those that both have go to both. A table (``pandas.DataFrame``) is put
+            in the order of the screen by its names: rows of an ``embedding`` or of ``targets`` are perturbations, columns of ``anchors``
+            are genes.
     """
     if name not in ENTRIES:
         raise PyrocausalError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
     likelihood = "negative_binomial" if data.kind == "counts" else "gaussian"
-    arguments = {"n_batches": len(data.batches), "likelihood": likelihood, **settings, **data.sizes._asdict()}
-    return build_from({"name": name, "arguments": arguments, "seed": seed})
+    accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
+    defaults = {k: v for k, v in {"n_batches": len(data.batches), "likelihood": likelihood}.items() if k in accepted}
+    tables = {k: _in_order(k, v, data) for k, v in settings.items()}
+    return build_from({"name": name, "arguments": {**defaults, **tables, **data.sizes._asdict()}, "seed": seed})
 
 
 def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
     """The pair that a recipe (of :func:`build`, or of a saved run) describes."""
     entry = ENTRIES[recipe["name"]]
     arguments = {**recipe["arguments"], **dict(entry.fixed)}
-    classes = getattr(import_module("pyrocausal.models"), entry.model), getattr(import_module("pyrocausal.guides"), entry.guide)
-    accepted = [set(inspect.signature(c.__init__).parameters) - {"self"} for c in classes]
+    classes = _classes(entry)
+    accepted = [_accepted(c) for c in classes]
     unknown = set(recipe["arguments"]) - accepted[0] - accepted[1]
     if unknown:
         raise PyrocausalError(f"{recipe['name']} has no setting {min(unknown)!r}{nearest(min(unknown), sorted(accepted[0] | accepted[1]))}")
@@ -75,3 +85,30 @@ def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
         model, guide = (c(**{k: v for k, v in arguments.items() if k in ok}) for c, ok in zip(classes, accepted, strict=True))
     model.recipe = recipe
     return model, guide
+
+
+def _classes(entry: Entry) -> tuple[Any, Any]:
+    return getattr(import_module("pyrocausal.models"), entry.model), getattr(import_module("pyrocausal.guides"), entry.guide)
+
+
+def _accepted(cls: Any) -> set[str]:
+    return set(inspect.signature(cls.__init__).parameters) - {"self"}
+
+
+def _in_order(name: str, value: Any, data: PerturbationData) -> Any:
+    """A named table as an array in the order of the screen; tensors as arrays; anything else as it is."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().cpu().numpy()
+    if not hasattr(value, "reindex"):
+        return value
+    by_gene = name == "anchors"
+    table, names = (value.T, data.genes) if by_gene else (value, data.perturbations)
+    missing = [n for n in names if n not in table.index]
+    if missing and not by_gene:
+        raise PyrocausalError(
+            f"{name} has no row for {missing[0]!r} ({len(missing)} of {len(names)} perturbations are missing); give one for each"
+        )
+    if not table.index.is_unique:
+        raise PyrocausalError(f"{name} names {table.index[table.index.duplicated()][0]!r} more than once; give each name once")
+    array = table.reindex(names).fillna(0.0).to_numpy(dtype="float32")  # genes without an anchor are owned by no program
+    return array.T.copy() if by_gene else array

@@ -160,6 +160,14 @@ class PerturbationData:
         """All expression as one dense array [n_cells, n_genes]."""
         return np.asarray(self.x.toarray() if sp.issparse(self.x) else self.x, dtype=dtype)
 
+    def log_normalised(self) -> PerturbationData:
+        """The same screen with ``log1p(counts x median library / library)`` in place of counts, for models of normalised expression."""
+        if self.kind != "counts":
+            raise DataError("the data are normalised already; log_normalised() is for counts")
+        factor = (np.median(self.library_size) / self.library_size).astype(np.float32)
+        x = (sp.diags(factor) @ self.x).tocsr().log1p() if sp.issparse(self.x) else np.log1p(self.x * factor[:, None])
+        return replace(self, x=x.astype(np.float32), library_size=np.ones(len(self), np.float32), kind="normalised")
+
     # -- parts -----------------------------------------------------------------------------------------------------------------
 
     def __getitem__(self, index: slice | Sequence[int] | Sequence[str] | NDArray[Any]) -> PerturbationData:

@@ -33,7 +33,8 @@ from pyrocausal.checkpoint import State, restore, store
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO, KLWeight
 from pyrocausal.errors import ContractError, DataError
-from pyrocausal.loading import Batch, batches
+from pyrocausal.loading import Batch, batches, batches_by_condition
+from pyrocausal.optimiser import learning_rate_factor, learning_rates_of, parameter_groups
 
 History: TypeAlias = pd.DataFrame
 
@@ -86,7 +87,7 @@ def fit(
     lr: float = 3e-3,
     learning_rates: dict[str, float] | None = None,
     schedule: str = "cosine",
-    kl_warmup: float = 0.5,
+    kl_warmup: float | tuple[float, float] = 0.5,
     validation: float | PerturbationData | None = None,
     patience: int | None = 20,
     objective: str | PyroELBO = "exact",
@@ -109,7 +110,8 @@ def fit(
         learning_rates: multiples of ``lr`` by parameter name (any parameter whose dotted name ends in the key); the guide's and model's own
             ``learning_rates`` are the defaults.
         schedule: ``"cosine"`` (5 % warm-up, then to a hundredth) or ``"constant"``.
-        kl_warmup: share of the epochs over which the weight of all latent terms rises from 0 to 1.
+        kl_warmup: share of the epochs over which the weight of all latent terms rises from 0 to 1, or the shares at which it starts
+            to rise and is 1.
         validation: share of the cells to hold out, or held-out data; None trains on all cells and does not stop early. The held-out
             bound charges the global terms as for the training cells, once for all of them.
         patience: epochs without a better held-out ELBO before stopping (counted after the warm-up and after the guide's last turn); the
@@ -134,6 +136,7 @@ def fit(
     model.to(device)
     guide.to(device)
     state = State()
+    warmup = kl_warmup if isinstance(kl_warmup, tuple) else (0.0, kl_warmup)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         estimator = _objective(objective, model)
@@ -144,7 +147,7 @@ def fit(
         if hasattr(guide, "initialise"):
             guide.initialise(model, train)
         _first_step(loss_module, model, guide, train, device)
-        groups = _groups(loss_module, lr, _rates(model, guide, learning_rates))
+        groups = parameter_groups(loss_module, lr, learning_rates_of(model, guide, learning_rates))
         optimiser = torch.optim.Adam(groups, lr=lr, fused=True)
         base_rates = [g["lr"] for g in optimiser.param_groups]
         if resume and checkpoint is not None and Path(checkpoint).exists():
@@ -158,11 +161,11 @@ def fit(
             disable=not (sys.stderr.isatty() if progress is None else progress),
             dynamic_ncols=True,
         )
-        settled = max(kl_warmup, getattr(guide, "settled", 0.0))
+        settled = max(warmup[1], getattr(guide, "settled", 0.0))
         try:
             while state.epoch < max_epochs and stopped == "max_epochs":
                 row = _epoch(
-                    loss_module, optimiser, base_rates, model, guide, train, held, state.epoch, max_epochs, batch_size, schedule, kl_warmup,
+                    loss_module, optimiser, base_rates, model, guide, train, held, state.epoch, max_epochs, batch_size, schedule, warmup,
                     clip_norm, seed, device,
                 )  # fmt: skip
                 state.epoch += 1
@@ -241,7 +244,7 @@ def _epoch(
     max_epochs: int,
     batch_size: int,
     schedule: str,
-    kl_warmup: float,
+    kl_warmup: tuple[float, float],
     clip_norm: float | None,
     seed: int,
     device: torch.device,
@@ -250,7 +253,12 @@ def _epoch(
     start = time.perf_counter()
     rng = np.random.default_rng([seed, epoch])
     torch.manual_seed(int(rng.integers(2**62)))
-    n, n_steps = len(train), max(1, -(-len(train) // batch_size))
+    n = len(train)
+    by_condition = getattr(model, "batching", "cells") == "condition"
+    if by_condition:
+        n_steps, minibatches = batches_by_condition(train, batch_size, rng, device=device)
+    else:
+        n_steps, minibatches = max(1, -(-n // batch_size)), batches(train, batch_size, rng.permutation(n), device=device)
     parameters = [p for g in optimiser.param_groups for p in g["params"]]
     total = torch.zeros((), device=device, dtype=torch.float64)
     sites: dict[str, torch.Tensor] = {}
@@ -259,9 +267,10 @@ def _epoch(
     guide.train()
     weight, factor = 1.0, 1.0
     with _quiet_validation(True):
-        for step, batch in enumerate(batches(train, batch_size, rng.permutation(n), device=device)):
+        for step, batch in enumerate(minibatches):
             done = (epoch + step / n_steps) / max_epochs
-            weight = min(1.0, (done * max_epochs * n_steps + 1) / max(1.0, kl_warmup * max_epochs * n_steps))
+            risen = (done - kl_warmup[0]) * max_epochs * n_steps + 1
+            weight = min(1.0, max(0.0, risen) / max(1.0, (kl_warmup[1] - kl_warmup[0]) * max_epochs * n_steps))
             factor = learning_rate_factor(done, schedule)
             for group, base in zip(optimiser.param_groups, base_rates, strict=True):
                 group["lr"] = base * factor
@@ -287,7 +296,8 @@ def _epoch(
             f"the ELBO became {row['elbo']} in epoch {epoch + 1} (terms: {_not_finite(row)}); lower lr, or check the scale of the data"
         )
     if held is not None:
-        row["validation"] = held_out_elbo(loss_module, held, n_train=n, batch_size=batch_size, device=device, seed=seed)
+        controls = train if by_condition else None
+        row["validation"] = held_out_elbo(loss_module, held, n, batch_size=batch_size, device=device, seed=seed, controls=controls)
     row["seconds"] = time.perf_counter() - start
     return row
 
@@ -299,19 +309,24 @@ def held_out_elbo(
     batch_size: int = 256,
     device: torch.device | str = "cpu",
     seed: int = 0,
+    controls: PerturbationData | None = None,
 ) -> float:
     """The bound of held-out cells in nats per cell.
 
     Local terms are averaged over the held-out cells; global terms count once for the ``n_train`` cells that they were learned from,
     that is, ``1 / n_train`` of them per cell, as in training (a plain bound over the held-out cells would charge them
-    ``n_train / n_held`` times too much).
+    ``n_train / n_held`` times too much). With ``controls`` the minibatches are by condition, with control cells of it beside them.
     """
     was_training = loss_module.training
     loss_module.eval()
     total = torch.zeros((), dtype=torch.float64, device=device)
     with torch.random.fork_rng(), _no_grad(loss_module), _quiet_validation(True):
         torch.manual_seed(seed)
-        for batch in batches(held, batch_size, n_total=n_train, device=device):
+        minibatches = batches(held, batch_size, n_total=n_train, device=device)
+        if controls is not None:
+            rng = np.random.default_rng(seed)
+            _, minibatches = batches_by_condition(held, batch_size, rng, n_total=n_train, device=device, controls=controls)
+        for batch in minibatches:
             total -= loss_module(batch).detach().double() / n_train * len(batch)
     loss_module.train(was_training)
     return float(total) / len(held)
@@ -320,16 +335,6 @@ def held_out_elbo(
 def _no_grad(loss_module: nn.Module) -> Any:
     """Without gradients, if the bound allows it (TraceEnum_ELBO refuses to be evaluated without)."""
     return torch.no_grad() if isinstance(getattr(loss_module, "elbo", None), ELBO) else nullcontext()
-
-
-def learning_rate_factor(done: float, schedule: str) -> float:
-    """Multiple of the base rate after a share ``done`` of the training."""
-    if schedule == "constant":
-        return 1.0
-    warm = 0.05
-    if done < warm:
-        return 0.1 + 0.9 * done / warm
-    return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * (done - warm) / (1 - warm)))
 
 
 @contextmanager
@@ -371,6 +376,10 @@ def _check(model: nn.Module, guide: nn.Module, data: PerturbationData, max_epoch
         raise ValueError(f"max_epochs={max_epochs} and batch_size={batch_size} were given; both must be at least 1")
     if schedule not in ("cosine", "constant"):
         raise ValueError(f"schedule={schedule!r} was given; it is 'cosine' or 'constant'")
+    if getattr(model, "data_kind", data.kind) != data.kind:
+        raise DataError(
+            f"{type(model).__name__} models {model.data_kind} expression, but the data are {data.kind}; fit it to data.log_normalised()"
+        )
     likelihood: Any = getattr(model, "likelihood", None)
     if getattr(likelihood, "is_counts", False) and data.kind != "counts":
         raise DataError(
@@ -413,26 +422,6 @@ def _first_step(loss_module: nn.Module, model: nn.Module, guide: nn.Module, trai
         raise ContractError(f"pyro.param made {sorted(new)[0]!r} in the global store; make it a PyroParam or nn.Parameter of the module")
     if not any(p.requires_grad for p in loss_module.parameters()):
         raise ContractError("neither model nor guide has a parameter to train; add a PyroParam or nn.Parameter")
-
-
-def _rates(model: nn.Module, guide: nn.Module, given: dict[str, float] | None) -> dict[str, float]:
-    return {**getattr(model, "learning_rates", {}), **getattr(guide, "learning_rates", {}), **(given or {})}
-
-
-def _groups(module: nn.Module, lr: float, rates: dict[str, float]) -> list[dict[str, Any]]:
-    """Adam's parameter groups: one for each learning rate."""
-    by_rate: dict[float, list[nn.Parameter]] = {}
-    met: set[str] = set()
-    for name, parameter in module.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        keys = [k for k in rates if name.removesuffix("_unconstrained").endswith(k)]
-        met.update(keys)
-        by_rate.setdefault(rates[keys[0]] if keys else 1.0, []).append(parameter)
-    unknown = [k for k in rates if k not in met and not any(n.endswith(k) for n, _ in module.named_parameters())]
-    if unknown:
-        raise ContractError(f"learning_rates names {unknown[0]!r}, but no parameter's name ends in it")
-    return [{"params": ps, "lr": lr * rate} for rate, ps in by_rate.items()]
 
 
 # -- stopping -------------------------------------------------------------------------------------------------------------------

@@ -85,6 +85,11 @@ def save_fit(fit: Fit, path: Path) -> None:
 
 def _write_run(fit: Fit, temporary: Path) -> None:
     state = {f"model/{k}": v for k, v in fit.model.state_dict().items()} | {f"guide/{k}": v for k, v in fit.guide.state_dict().items()}
+    recipe, tables = fit.recipe, {}
+    if recipe is not None:  # tables among the arguments (an embedding) are arrays, not JSON
+        tables = {k: v for k, v in recipe["arguments"].items() if isinstance(v, np.ndarray)}
+        recipe = {**recipe, "arguments": {k: v for k, v in recipe["arguments"].items() if k not in tables}}
+    state |= {f"recipe/{k}": torch.from_numpy(v) for k, v in tables.items()}
     write_arrays(temporary / "state.npz", state, {"format": FORMAT})
     cells = {f.name: getattr(fit.reference, f.name) for f in fields(fit.reference)}
     write_arrays(
@@ -94,7 +99,7 @@ def _write_run(fit: Fit, temporary: Path) -> None:
         "format": FORMAT,
         "model": type(fit.model).__name__,
         "guide": type(fit.guide).__name__,
-        "recipe": fit.recipe,
+        "recipe": recipe,
         "coords": fit.coords,
         "cells_per_perturbation": [int(n) for n in fit.cells_per_perturbation],
         "stopped": fit.stopped,
@@ -131,13 +136,15 @@ def load(path: str | Path, model: nn.Module | None = None, guide: nn.Module | No
         history = pd.DataFrame(facts["history"]).set_index("epoch")  # history.csv is for people
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise CheckpointError(f"the run in {str(path)!r} is damaged ({type(error).__name__}); use an older copy") from error
+    arrays, _ = read_arrays(path / "state.npz")
+    if facts["recipe"] is not None:
+        facts["recipe"]["arguments"] |= {k.removeprefix("recipe/"): v.numpy() for k, v in arrays.items() if k.startswith("recipe/")}
     if model is None or guide is None:
         if facts["recipe"] is None:
             raise CheckpointError(
                 f"the run is of {facts['model']} and {facts['guide']}, which are not of the collection; pass pc.load(path, model, guide)"
             )
         model, guide = build_from(facts["recipe"])
-    arrays, _ = read_arrays(path / "state.npz")
     cells, population = read_arrays(path / "reference.npz")
     try:
         for name, part in (("model/", model), ("guide/", guide)):

@@ -22,16 +22,17 @@ class Likelihood(nn.Module):
     ==================  =======================================  ==============================
     negative_binomial   library_size * softmax(eta)              Var x = mu + mu^2 / theta_g
     poisson             library_size * softmax(eta)              Var x = mu
-    gaussian            eta                                      Var x = sigma_g^2
+    gaussian            eta                                      Var x = sigma_g^2, sigma_g > ``floor``
     ==================  =======================================  ==============================
     """
 
     log_theta: nn.Parameter
     log_sigma: nn.Parameter
 
-    def __init__(self, name: LikelihoodName, n_genes: int) -> None:
+    def __init__(self, name: LikelihoodName, n_genes: int, floor: float = 0.0) -> None:
         super().__init__()
         self.name = name
+        self.floor = floor
         if name == "negative_binomial":
             self.log_theta = nn.Parameter(torch.full((n_genes,), 2.0))
         elif name == "gaussian":
@@ -53,4 +54,4 @@ class Likelihood(nn.Module):
             return NegativeBinomial(x_loc, self.log_theta.exp(), nonzeros=nonzeros)
         if self.name == "poisson":
             return Poisson(x_loc, nonzeros=nonzeros)
-        return dist.Normal(x_loc, self.log_sigma.exp()).to_event(1)
+        return dist.Normal(x_loc, self.floor + self.log_sigma.exp()).to_event(1)

@@ -56,6 +56,7 @@ class Batch:
         index: position of the cells in their data object, [n] int64.
         n_total: size of the population that the cells stand for.
         nonzeros: the sparse pieces of ``x``, or None for dense data.
+        partner: expression of as many control cells, drawn at random, [n, n_genes]; for models that are trained by condition, else None.
     """
 
     x: Tensor | None
@@ -66,6 +67,7 @@ class Batch:
     index: Tensor
     n_total: int
     nonzeros: Nonzeros | None = None
+    partner: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -78,7 +80,7 @@ class Batch:
         """The same cells with the observation hidden, so that a model samples it."""
         if name != "x":
             raise ValueError(f"{name!r} cannot be hidden; only 'x' can")
-        return replace(self, x=None, nonzeros=None)
+        return replace(self, x=None, nonzeros=None, partner=None)
 
     def rows(self, index: list[int]) -> Batch:
         """Some of the cells (repeats allowed); the sparse pieces are dropped."""
@@ -149,3 +151,41 @@ def batches(
     rows = np.arange(len(data)) if order is None else order
     for part in np.array_split(rows, max(1, -(-len(rows) // batch_size))):
         yield make_batch(data, part, len(data) if n_total is None else n_total, dtype, device)
+
+
+def batches_by_condition(
+    data: PerturbationData,
+    batch_size: int,
+    rng: np.random.Generator,
+    n_total: int | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    controls: PerturbationData | None = None,
+) -> tuple[int, Iterator[Batch]]:
+    """Minibatches of cells of one condition each, in random order, with as many random control cells in ``partner``; every cell comes once.
+
+    Args:
+        controls: where the control cells are drawn from, with replacement; ``data`` if None.
+
+    Returns:
+        How many minibatches there are, and the minibatches.
+    """
+    source = data if controls is None else controls
+    pool = np.flatnonzero(source.is_control)
+    if len(pool) == 0:
+        raise DataError("there are no control cells to stand beside the perturbed ones; train on cells that include the control")
+    codes = np.unique(data.labels.astype(str), return_inverse=True)[1]
+    shuffled = rng.permutation(len(data))
+    shuffled = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    parts: list[NDArray[np.int64]] = []
+    for rows in np.split(shuffled, np.flatnonzero(np.diff(codes[shuffled])) + 1):
+        parts += np.array_split(rows, max(1, -(-len(rows) // batch_size)))
+
+    def minibatches() -> Iterator[Batch]:
+        for i in rng.permutation(len(parts)):
+            partners = source.x[rng.choice(pool, len(parts[i]))]
+            partner = torch.from_numpy(np.asarray(partners.toarray() if sp.issparse(partners) else partners)).to(device=device, dtype=dtype)
+            batch = make_batch(data, parts[i], len(data) if n_total is None else n_total, dtype, device)
+            yield replace(batch, partner=partner)
+
+    return len(parts), minibatches()

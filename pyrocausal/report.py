@@ -104,6 +104,8 @@ def demo(
     out = Path(out)
     check_out(out)
     check_model_name(model)
+    if ENTRIES[model].data_kind == "normalised" and data.kind == "counts":
+        data = data.log_normalised()
     train, test = data.split("cells", test=0.2, seed=seed)
     for label in knockouts or ():
         if label not in data.conditions:

@@ -581,3 +581,22 @@ def test_real_screens(name, data_dir):
     last = data.perturbations[-1]
     carrying = adata.obs["perturbation"].astype(str).str.split("+").map(lambda p: last in p).to_numpy()
     np.testing.assert_array_equal(data.dose[:, -1].toarray().ravel(), carrying)
+
+
+@pytest.mark.parametrize("sparse", [True, False])
+def test_log_normalised_is_log1p_to_the_median_library(sparse: bool) -> None:
+    rng = np.random.default_rng(0)
+    counts = rng.poisson(2.0, (12, 5)).astype(np.float32) + np.eye(12, 5, dtype=np.float32)
+    obs = pd.DataFrame({"perturbation": ["control", "A"] * 6}, index=[f"c{i}" for i in range(12)])
+    adata = ad.AnnData(sp.csr_matrix(counts) if sparse else counts, obs=obs, var=pd.DataFrame(index=list("abcde")))
+    data = pc.PerturbationData.from_anndata(adata)
+    normal = data.log_normalised()
+    total = counts.sum(1, keepdims=True)
+    np.testing.assert_allclose(normal.dense(), np.log1p(counts * np.median(total) / total), rtol=1e-6)
+    assert normal.kind == "normalised" and sp.issparse(normal.x) == sparse and (normal.library_size == 1).all()
+    assert data.kind == "counts" and np.array_equal(data.dense(), counts)  # the original is left as it was
+    with pytest.raises(DataError, match="normalised already"):
+        normal.log_normalised()
+    model, guide = pc.build("discrepancy_vae", data)
+    with pytest.raises(DataError, match=r"fit it to data\.log_normalised\(\)"):
+        pc.fit(model, guide, data, max_epochs=1)

@@ -1,0 +1,349 @@
+"""Guides of SCCVAE.
+
+:class:`SCCVAE`, the default, inverts the network (:mod:`pyrocausal.abduction`), so that control and perturbed cells both enter the
+likelihood, and keeps targets and penetrances in closed form::
+
+    q(u_n | x_n)      = Normal(a(x_n), diag v(x_n)^2)
+    z_n               = u_n - f(u_n) A - S_n                       unit triangular Jacobian: log q(z) = log q(u)
+    q(t_p, c_p)       exact given the cells' e_n = u_n - f(u_n) A:  with r_p = sum_n dose_np e_n and N_p cells,
+      1/s_p^2         = N_p + 1/tau^2
+      mu_pk           = s_p^2 (r_pk + m/tau^2)
+      log q(t_p = k)  = log softmax(W e_p + w)_k + mu_pk^2 / (2 s_p^2) + const
+      q(c_p | t_p=k)  = Normal(mu_pk, s_p^2)
+    q(A)              Normal per edge
+
+A perturbation without cells has ``q(t, c) = p(t, c)``: the network's guess from its embedding, and the prior penetrance (zero-shot).
+
+:class:`SCCVAEParity` is the paper's: control cells are encoded, ``q(z | x) = Normal(mu(x), diag v(x))``, one draw for both branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pyro
+import pyro.distributions as dist
+import torch
+from pyro.nn import PyroModule
+from torch import Tensor, nn
+
+from pyrocausal.abduction import Abducted
+from pyrocausal.data import PerturbationData
+from pyrocausal.edges import EdgePosterior, EdgePrior, edge_index
+from pyrocausal.likelihood import LikelihoodName
+from pyrocausal.loading import Batch
+from pyrocausal.nn import MLP, Encoder, Standardise
+from pyrocausal.structural import LINKS, Equations, allowed_edges, mechanism_shift
+
+SETTLED = 0.7  # share of the training after which programs are not rescaled any more
+START = 3.0  # standard deviations by which a perturbation moves its program at first
+
+
+class TargetTable(nn.Module):
+    """q(target, penetrance) of every perturbation, kept by its sufficient statistics.
+
+    ``observe`` folds the programs of a minibatch into running sums over the cells of each perturbation (forgetting about twice an epoch);
+    ``update`` is the closed form above. Where cells carry two perturbations, each sees what the others leave (a damped step each time).
+    """
+
+    targets: Tensor | None
+    gram: Tensor
+    cross: Tensor
+    cross_link: Tensor
+    seen: Tensor
+    logits: Tensor
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, n_perturbations: int, n_latent: int, targets: Tensor | None) -> None:
+        super().__init__()
+        shape = (n_perturbations, n_latent)
+        self.register_buffer("targets", targets)
+        self.register_buffer("gram", torch.zeros(n_perturbations, n_perturbations))
+        self.register_buffer("cross", torch.zeros(shape))
+        self.register_buffer("cross_link", torch.zeros(shape))
+        self.register_buffer("seen", torch.zeros(n_perturbations))
+        self.register_buffer("logits", torch.zeros(shape))
+        self.register_buffer("loc", torch.ones(shape))
+        self.register_buffer("scale", torch.ones(n_perturbations))
+
+    def expected(self) -> Tensor:
+        """E[c_p t_p], [P, D]."""
+        t = self.logits.softmax(-1) if self.targets is None else self.targets
+        return t * self.loc
+
+    @torch.no_grad()
+    def observe(self, dose: Tensor, u: Tensor, link: Any) -> None:
+        """Fold in programs ``u`` [n, D] of cells treated with ``dose`` [n, P]."""
+        n_p = self.gram.diagonal()
+        weight = dose.square().sum(0)
+        rate = (2 * weight / n_p.clamp_min(1)).clamp(max=1)
+        rate = torch.maximum(rate, torch.where(weight > 0, weight / (weight + self.seen), 0.0))[:, None]
+        scale = (n_p / weight.clamp_min(1e-6))[:, None]
+        self.cross += rate * (scale * (dose.T @ u) - self.cross)
+        self.cross_link += rate * (scale * (dose.T @ link(u)) - self.cross_link)
+        self.seen += weight
+
+    @torch.no_grad()
+    def scale_programs(self, s: Tensor) -> None:
+        """``u_k -> s_k u_k`` for a link that commutes with a positive scale."""
+        for statistic in (self.cross, self.cross_link):
+            statistic *= s
+        self.loc *= s if self.targets is None else (self.targets * s).sum(-1, keepdim=True)
+
+    @torch.no_grad()
+    def update(self, graph: Tensor, log_prior: Tensor | None, m: Tensor, tau: Tensor, step: float = 1.0) -> None:
+        """The closed form, given the network [D, D] and the prior: log-probabilities of targets [P, D], mean and sd of penetrances."""
+        n_p = self.gram.diagonal()
+        others = (self.gram - torch.diag(n_p)) @ self.expected()
+        r = self.cross - self.cross_link @ graph - others
+        precision = n_p + tau**-2
+        if self.targets is not None:
+            loc = ((r * self.targets).sum(-1) + m / tau**2) / precision
+            self.loc += step * (loc[:, None] - self.loc)
+        else:
+            assert log_prior is not None
+            loc = (r + m / tau**2) / precision[:, None]
+            self.logits.copy_((log_prior + 0.5 * loc**2 * precision[:, None]).log_softmax(-1))
+            self.loc += step * (loc - self.loc)
+        self.scale.copy_(precision.rsqrt())
+
+
+class SCCVAE(PyroModule):
+    """The abducting guide; arguments as the model's. ``encoder_layers=0`` is a linear encoder."""
+
+    def __init__(
+        self,
+        n_genes: int,
+        n_perturbations: int,
+        n_latent: int = 16,
+        targets: Any = None,
+        graph: Any = "full",
+        edge_prior: EdgePrior = "laplace",
+        equations: Equations = "linear",
+        likelihood: LikelihoodName = "negative_binomial",
+        n_hidden: int = 128,
+        encoder_layers: int = 2,
+        n_batches: int = 1,
+    ) -> None:
+        super().__init__()
+        self.equations = equations
+        self.n_batches = n_batches
+        given = None if targets is None else torch.as_tensor(targets, dtype=torch.get_default_dtype())
+        self.table = TargetTable(n_perturbations, n_latent, given)
+        learned = isinstance(graph, str) and graph == "free"
+        self.edges = EdgePosterior(edge_index(allowed_edges(n_latent, graph)), n_latent, edge_prior, learned)
+        self.standardise = Standardise(n_genes, log=likelihood != "gaussian")
+        self.encoder = Encoder(n_genes + (n_batches if n_batches > 1 else 0), n_latent, n_hidden, encoder_layers)
+        self.register_buffer("moment", torch.zeros(n_latent))  # sum of E[z^2] over the epoch's cells
+        self.register_buffer("cells", torch.zeros(()))
+        self.settled = SETTLED
+
+    def forward(self, batch: Batch) -> None:
+        table = self.table
+        t = table.targets
+        if t is None:
+            t = pyro.sample("mask", dist.OneHotCategorical(logits=table.logits).to_event(1))
+        c = pyro.sample("penetrance", dist.Normal((t * table.loc).sum(-1), table.scale).to_event(1))
+        A, order = self.edges()
+        if batch.x is None:
+            return
+        with batch.cells():
+            a, v = self.encode(batch)
+            self.last_programs = batch, a.detach(), v.detach()
+            S = mechanism_shift(batch.dose, t * c[..., None])
+            pyro.sample("z", Abducted(a, v, A, S, self.equations, order))
+
+    moment: Tensor
+    cells: Tensor
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the programs of each cell, [n, D] each."""
+        assert batch.x is not None
+        h = self.standardise(batch.x)
+        if self.n_batches > 1:
+            h = torch.cat([h, nn.functional.one_hot(batch.batch_code, self.n_batches).to(h.dtype)], -1)
+        return self.encoder(h)
+
+    # -- training --------------------------------------------------------------------------------------------------------------
+
+    def initialise(self, model: Any, data: PerturbationData) -> None:
+        """Before the first epoch: moments of the expression, and axes along what the perturbations do."""
+        device = self.table.loc.device
+        x = torch.as_tensor(data.dense(), device=device)
+        self.standardise.fit_moments(x)
+        dose = data.dose.astype("float64")
+        self.table.gram.copy_(torch.as_tensor((dose.T @ dose).toarray(), device=device))
+        moment_start(self, model, x, torch.as_tensor(data.dose.toarray(), device=device), torch.as_tensor(data.library_size, device=device))
+
+    def after_step(self, model: Any, batch: Batch, progress: float) -> None:
+        """After every optimiser step: targets and penetrances in closed form."""
+        seen, a, v = self.last_programs
+        assert seen is batch
+        with torch.no_grad():
+            u = a if self.equations == "linear" else a + v * torch.randn_like(v)
+            self.table.observe(batch.dose, u, LINKS[self.equations])
+            self.refresh(model, step=0.5)
+            law = Abducted(a, v, self.edges.mean(), mechanism_shift(batch.dose, self.table.expected()), self.equations)
+            self.moment += law.second_moment().sum(0)
+            self.cells += len(batch)
+
+    def after_epoch(self, model: Any, progress: float) -> None:
+        """After every epoch: programs in units of their exogenous standard deviation, which gradients alone reach slowly."""
+        if self.equations != "softplus" and progress <= SETTLED:
+            self.rescale(model, (self.moment / self.cells).sqrt())
+        self.moment.zero_()
+        self.cells.zero_()
+
+    @torch.no_grad()
+    def absorb(self, model: Any, cells: Iterable[Batch], known: Tensor, sweeps: int) -> None:
+        """Fold in cells of perturbations without any so far; rows that are ``known`` [P] stay as they are."""
+        table, link = self.table, LINKS[self.equations]
+        for batch in cells:
+            a, v = self.encode(batch)
+            u = a if self.equations == "linear" else a + v * torch.randn_like(v)
+            table.gram += batch.dose.T @ batch.dose
+            table.cross += batch.dose.T @ u
+            table.cross_link += batch.dose.T @ link(u)
+        frozen = {k: getattr(table, k).clone() for k in ("logits", "loc", "scale")}
+        alone = bool((table.gram == torch.diag(table.gram.diagonal())).all())  # then one pass is exact
+        for _ in range(1 if alone else sweeps):
+            self.refresh(model, step=1.0 if alone else 0.5)
+            for k, before in frozen.items():
+                rows = known.reshape(-1, *([1] * (before.dim() - 1)))
+                getattr(table, k).copy_(torch.where(rows, before, getattr(table, k)))
+
+    @torch.no_grad()
+    def rescale(self, model: Any, s: Tensor) -> None:
+        """``u_k -> u_k / s_k`` in encoder, network, table and decoder at once: the decoder sees what it saw, and ``E[z_k^2]`` becomes 1.
+
+        Exact for links that commute with a positive scale (identity, relu), and maximises the bound over s.
+        """
+        self.encoder.scale(1 / s)
+        model.decoder.scale(s)
+        self.edges.rescale(s)
+        self.table.scale_programs(1 / s)
+
+    @torch.no_grad()
+    def refresh(self, model: Any, step: float = 1.0) -> None:
+        """Targets and penetrances from the present statistics, network and prior."""
+        log_prior = None if self.table.targets is not None else model.target_log_probs()
+        self.table.update(self.edges.mean(), log_prior, model.penetrance_loc, model.penetrance_log_scale.exp(), step)
+
+
+class SCCVAEParity(PyroModule):
+    """The paper's guide: control cells are encoded. Without partners (queries) the cells themselves are: ask about control cells."""
+
+    def __init__(self, n_genes: int, n_latent: int = 512, n_hidden: int = 1024) -> None:
+        super().__init__()
+        self.encoder = MLP(n_genes, n_hidden, n_hidden, 1)
+        self.mu = nn.Linear(n_hidden, n_latent)
+        self.log_v = nn.Linear(n_hidden, n_latent)
+
+    def forward(self, batch: Batch) -> None:
+        x = batch.partner if batch.partner is not None else batch.x
+        if x is None:
+            return
+        with batch.cells():
+            h = nn.functional.leaky_relu(self.encoder(x), 0.2)
+            v = self.log_v(h).exp() + 1e-4
+            pyro.sample("z", dist.Normal(self.mu(h), v.sqrt()).to_event(1))
+
+
+# -- a start --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def moment_start(guide: SCCVAE, model: Any, x: Tensor, dose: Tensor, library_size: Tensor) -> None:
+    """Programs along what the perturbations do, ``START`` standard deviations away, and an encoder that reads them off.
+
+    Perturbations of one target (known, or found by clustering the directions of the mean responses) give a program its loadings; programs
+    that are left take the main axes of the unperturbed cells. An anchored decoder has its axes already.
+    """
+    counts, decoder = model.likelihood.is_counts, model.decoder
+    control = dose.sum(1) == 0
+    if not control.any():
+        control = torch.ones_like(control)
+    h = guide.standardise(x)
+    scale = x.sum(0) / library_size.sum() if counts else x[control].mean(0)
+    decoder.bias.copy_(scale.clamp_min(1e-8).log() if counts else scale)
+    if not counts:
+        model.likelihood.log_sigma.copy_((0.7 * x[control].std(0)).clamp_min(1e-2).log())
+    size = dose.sum(0).clamp_min(1)[:, None]
+    in_h = (dose.T @ h) / size - h[control].mean(0)  # [P, G], what each perturbation does to the encoder's input
+    if counts:
+        rate, base = (
+            (dose.T @ x + scale) / (dose.T @ library_size[:, None] + 1),
+            (x[control].sum(0) + scale) / (library_size[control].sum() + 1),
+        )
+        in_eta = (rate / base).log().clamp(-3, 3)
+    else:
+        in_eta = (dose.T @ x) / size - x[control].mean(0)
+    if decoder.kind == "anchored":
+        read = decoder.loadings * (guide.standardise.scale if counts else 1 / guide.standardise.scale)
+    else:
+        belongs, sign = _grouped(guide, in_h * size.sqrt(), model.shape[1])
+        share = belongs * size / (belongs * size).sum(0).clamp_min(1e-12)  # [P, D]
+        read = share.T @ (sign * in_h) / START
+        write = share.T @ (sign * in_eta) / START
+        empty = belongs.sum(0) == 0
+        if empty.any():
+            spread = h[control] - h[control].mean(0)
+            _, s, axes = torch.linalg.svd(spread[:2000], full_matrices=False)
+            axes = axes[: int(empty.sum())] * (s[: int(empty.sum())] / len(spread[:2000]) ** 0.5)[:, None]
+            where = torch.nonzero(empty).ravel()[: len(axes)]
+            read[where] = axes
+            write[where] = axes * (1.0 if counts else guide.standardise.scale)
+        decoder.weight.copy_(write)
+    ridge = 1e-3 * read.square().sum(1).mean() * torch.eye(len(read), dtype=read.dtype, device=read.device)
+    inverse = torch.linalg.solve(read @ read.T + ridge, read)  # [D, G]
+    linear = guide.encoder.linear
+    linear.weight.zero_()
+    linear.weight[:, : read.shape[1]] = inverse
+    linear.bias.copy_(-(inverse @ h[control].mean(0)))
+    guide.table.loc.fill_(START)
+
+
+def _grouped(guide: SCCVAE, response: Tensor, n_latent: int) -> tuple[Tensor, Tensor]:
+    """Which perturbation starts at which program, [P, D] of 0 and 1, and with which sign, [P, 1].
+
+    Known targets as they are; otherwise perturbations whose response [P, G] (in standard errors) is beyond noise are grouped by direction,
+    whatever its sign: k-means on the sphere, the best of several starts.
+    """
+    n_perturbations = len(response)
+    if guide.table.targets is not None:
+        return guide.table.targets, torch.ones_like(response[:, :1])
+    out, sign = response.new_zeros(n_perturbations, n_latent), torch.ones_like(response[:, :1])
+    excess = response.square().mean(1) - 1
+    strong = torch.nonzero(excess > 4 * (2 / response.shape[1]) ** 0.5).ravel()
+    if len(strong) == 0:
+        return out, sign
+    r = response[strong]
+    unit = r / r.norm(dim=1, keepdim=True)
+    k = min(len(strong), n_latent)
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    best: tuple[float, Tensor, Tensor] | None = None
+    for _ in range(10):
+        first = int(torch.randint(len(unit), (1,), generator=generator))
+        centres = unit[first : first + 1]
+        while len(centres) < k:  # the farthest next
+            nearest = (unit @ centres.T).square().max(1).values
+            chance = (1 - nearest).clamp_min(1e-9) ** 2
+            centres = torch.cat([centres, unit[torch.multinomial(chance, 1, generator=generator)]])
+        for _ in range(20):
+            cosine = unit @ centres.T
+            member = cosine.square().argmax(1)
+            for j in range(k):
+                mine = r[member == j]
+                if len(mine):
+                    centres[j] = torch.linalg.svd(mine, full_matrices=False)[2][0]
+        cosine = unit @ centres.T
+        fitted = float((r.norm(dim=1) * cosine.abs().max(1).values).square().sum())
+        if best is None or fitted > best[0]:
+            best = fitted, cosine.square().argmax(1), cosine
+    assert best is not None
+    _, member, cosine = best
+    out[strong, member] = 1
+    sign[strong, 0] = cosine[torch.arange(len(strong)), member].sign()
+    return out, sign

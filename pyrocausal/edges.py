@@ -1,0 +1,149 @@
+"""Edges of a latent graph as sites: priors for models, mean-field posteriors for guides.
+
+``index`` [2, E] lists the edges that may be (causes above, effects below); a graph [D, D] is assembled from one weight each.
+
+===============  =====================================================================================  =================================
+prior            weight of edge i                                                                       sites
+===============  =====================================================================================  =================================
+``"normal"``     w_i ~ Normal(0, b^2)                                                                   ``graph_weight``
+``"laplace"``    w_i ~ Laplace(0, b)                                                                    ``graph_weight``
+``"horseshoe"``  w_i ~ Normal(0, (b s_i)^2), s_i ~ HalfCauchy(1)                                        ``graph_weight``, ``graph_scale``
+``"spike_slab"``  w_i = m_i v_i, m_i ~ Bernoulli(rho), v_i ~ Normal(0, b^2)                             ``graph_weight``, ``edge``
+===============  =====================================================================================  =================================
+
+**Order.** With edges both ways between two programs (:func:`~pyrocausal.structural.allowed_edges`, ``"free"``) a site ``priority`` [D]
+decides: j -> k is possible only if ``priority_j < priority_k``, so that every draw is a graph without cycles. Gradients of the priorities
+are those of ``sigmoid((priority_k - priority_j) / T)``, straight through.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+
+from pyrocausal.distributions import StraightThroughBernoulli
+
+EdgePrior = Literal["normal", "laplace", "horseshoe", "spike_slab"]
+PRIORS = ("normal", "laplace", "horseshoe", "spike_slab")
+TEMPERATURE = 0.5  # of the order's straight-through gradient
+EDGES = {"event_dims": ("edge",)}
+
+
+def edge_index(allowed: Tensor) -> Tensor:
+    """The edges of a matrix [D, D] as ``index`` [2, E]."""
+    return allowed.nonzero().T.contiguous()
+
+
+def sample_graph(
+    index: Tensor, n_latent: int, prior: EdgePrior, b: Tensor, rho: float = 0.1, learned_order: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Draw the edges in a model: the sites of the table above, ``priority`` if the order is learned, and ``graph``.
+
+    Returns:
+        ``graph`` [D, D] (or [S, 1, 1, D, D]) and the programs from causes to effects [D], None if they are numbered so.
+    """
+    n_edges = index.shape[1]
+    one = torch.ones_like(b)
+    on: Tensor | None = None
+    if prior == "horseshoe":
+        s = pyro.sample("graph_scale", dist.HalfCauchy(one.expand(n_edges)).to_event(1), infer=EDGES)
+        w = pyro.sample("graph_weight", dist.Normal(0.0, b * s).to_event(1), infer=EDGES)
+    elif prior == "laplace":
+        w = pyro.sample("graph_weight", dist.Laplace(0.0, b.expand(n_edges)).to_event(1), infer=EDGES)
+    else:
+        w = pyro.sample("graph_weight", dist.Normal(0.0, b.expand(n_edges)).to_event(1), infer=EDGES)
+        if prior == "spike_slab":
+            on = pyro.sample("edge", dist.Bernoulli((rho * one).expand(n_edges)).to_event(1), infer=EDGES)
+    priority = None
+    if learned_order:
+        priority = pyro.sample("priority", dist.Normal(0.0, one.expand(n_latent)).to_event(1), infer={"event_dims": ("latent",)})
+    graph = pyro.deterministic("graph", assemble(w if on is None else w * on, index, n_latent, priority), event_dim=2)
+    return graph, None if priority is None else order_of(priority)
+
+
+def assemble(weight: Tensor, index: Tensor, n_latent: int, priority: Tensor | None = None) -> Tensor:
+    """The graph [..., D, D] of one weight [..., E] for each edge, those against the order removed."""
+    j, k = index
+    if priority is not None:
+        ahead = priority[..., k] - priority[..., j]
+        soft = (ahead / TEMPERATURE).sigmoid()
+        weight = weight * ((ahead > 0).to(soft.dtype) + soft - soft.detach())
+    out = weight.new_zeros(*weight.shape[:-1], n_latent * n_latent)
+    return out.index_copy(-1, j * n_latent + k, weight).unflatten(-1, (n_latent, n_latent))
+
+
+def order_of(priority: Tensor) -> Tensor:
+    """The programs from causes to effects, [D], of priorities [..., D] that are the same in every world."""
+    return priority.reshape(-1, priority.shape[-1])[0].argsort()
+
+
+class EdgePosterior(nn.Module):
+    """The guide's side of :func:`sample_graph`, factor by factor: Normal weights, log-normal scales, straight-through edges, and a point
+    for the order (its entropy would be that of a permutation, which a Gaussian over priorities is not).
+
+    Args:
+        index: [2, E]. weight_scale: initial posterior standard deviation of a weight.
+    """
+
+    index: Tensor
+
+    def __init__(
+        self, index: Tensor, n_latent: int, prior: EdgePrior = "laplace", learned_order: bool = False, weight_scale: float = 0.05
+    ) -> None:
+        super().__init__()
+        if prior not in PRIORS:
+            raise ValueError(f"edge_prior={prior!r} was given; it is one of {', '.join(PRIORS)}")
+        self.prior = prior
+        self.n_latent = n_latent
+        self.register_buffer("index", index)
+        n_edges = index.shape[1]
+        self.weight = nn.Parameter(torch.zeros(n_edges))
+        self.log_scale = nn.Parameter(torch.full((n_edges,), math.log(weight_scale)))
+        if prior == "horseshoe":
+            self.scale_loc = nn.Parameter(torch.zeros(n_edges))
+            self.scale_log_scale = nn.Parameter(torch.full((n_edges,), -1.0))
+        if prior == "spike_slab":
+            self.edge_logits = nn.Parameter(torch.zeros(n_edges))
+        self.priority = nn.Parameter(torch.linspace(-1, 1, n_latent)) if learned_order else None
+
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        """Draw the edges: graph and order, as :func:`sample_graph`."""
+        on: Tensor | None = None
+        if self.prior == "horseshoe":
+            pyro.sample("graph_scale", dist.LogNormal(self.scale_loc, self.scale_log_scale.exp()).to_event(1))
+        w = pyro.sample("graph_weight", dist.Normal(self.weight, self.log_scale.exp()).to_event(1))
+        if self.prior == "spike_slab":
+            on = pyro.sample("edge", StraightThroughBernoulli(logits=self.edge_logits).to_event(1))
+        priority: Any = None
+        if self.priority is not None:
+            priority = pyro.sample("priority", dist.Delta(self.priority).to_event(1))
+        graph = assemble(w if on is None else w * on, self.index, self.n_latent, priority)
+        return graph, None if priority is None else order_of(priority)
+
+    @torch.no_grad()
+    def rescale(self, s: Tensor) -> None:
+        """The same edges between programs in other units, ``u_k -> u_k / s_k``, [D]."""
+        j, k = self.index
+        self.weight.mul_(s[j] / s[k])
+        self.log_scale.add_((s[j] / s[k]).log())
+
+    @torch.no_grad()
+    def mean(self) -> Tensor:
+        """Posterior mean of the graph, [D, D]."""
+        on = self.edge_logits.sigmoid() if self.prior == "spike_slab" else 1.0
+        return assemble(self.weight * on, self.index, self.n_latent, self.priority)
+
+    @torch.no_grad()
+    def probability(self, minimum: float = 0.05) -> Tensor:
+        """Posterior probability that an edge is there (``spike_slab``) or larger than ``minimum`` in size, [D, D]."""
+        if self.prior == "spike_slab":
+            on = self.edge_logits.sigmoid()
+        else:
+            law = torch.distributions.Normal(self.weight, self.log_scale.exp())
+            on = 1 - law.cdf(self.weight.new_tensor(minimum)) + law.cdf(self.weight.new_tensor(-minimum))
+        return assemble(on, self.index, self.n_latent, self.priority)
