@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import gammaln
 
+import pyrocausal as pc
 from pyrocausal import PerturbationData
 from pyrocausal.errors import DataError
 from pyrocausal.loading import batches
