@@ -91,7 +91,7 @@ class DiscrepancyVAE(PyroModule):
         self.equations = equations
         self.alpha, self.beta, self.sparsity = alpha, beta, sparsity
         self.register_buffer("targets", None if targets is None else torch.as_tensor(targets, dtype=torch.get_default_dtype()))
-        self.target_encoder = MLP(n_perturbations, n, n_hidden, 1) if targets is None else None
+        self.target_encoder = MLP(n_perturbations, n, max(n_hidden, 1), int(n_hidden > 0)) if targets is None else None
         self.strength = nn.Parameter(torch.ones(n_perturbations))
         self.G = nn.Parameter(0.1 * torch.randn(n, n))
         self.decoder = MLP(n, n_genes, max(n_hidden, 1), int(n_hidden > 0))

@@ -15,11 +15,13 @@ from pyrocausal import errors, simulate
 from pyrocausal.adapt import adapt
 from pyrocausal.auto import auto_guide
 from pyrocausal.check import check_model
+from pyrocausal.collapse import collapse
 from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
 from pyrocausal.demo_screen import demo_screen
 from pyrocausal.elbo import ELBO
 from pyrocausal.fit import Fit, fit
+from pyrocausal.identifiability import identifiability
 from pyrocausal.interventions import activate, do, flip_target, knockdown, knockout, perturb, silence, sites, untreated
 from pyrocausal.io import load
 from pyrocausal.posterior import iwelbo, to_inference_data, to_networkx
@@ -34,6 +36,7 @@ __all__ = [
     "auto_guide",
     "build",
     "check_model",
+    "collapse",
     "counterfactual",
     "demo_screen",
     "do",
@@ -42,6 +45,7 @@ __all__ = [
     "fit",
     "flip_target",
     "guides",
+    "identifiability",
     "interventional",
     "iwelbo",
     "knockdown",

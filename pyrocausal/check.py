@@ -11,8 +11,10 @@ import torch
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import nn
 
+from pyrocausal.collapse import collapse_of as collapse
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import _deterministic, _sample_sites
+from pyrocausal.identifiability import identifiability
 from pyrocausal.loading import Batch
 from pyrocausal.posterior import RESERVED_DIMS
 from pyrocausal.worlds import vectorises
@@ -53,12 +55,13 @@ class Report:
         return [f.message for f in self.findings if f.level == level]
 
 
-def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> Report:
+def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData, fitted: bool = False) -> Report:
     """Run the pair on a few cells and say what is missing or wrong.
 
     Looks at: the observation, its plate and the plate's scale; latents that the guide forgets, and the reverse; parameters where a site
     belongs; whether ``do(dose)`` reaches the observation; hidden observations; guides that cannot serve new cells; finite
-    log-probabilities; named dimensions; broadcasting over draws.
+    log-probabilities; named dimensions; broadcasting over draws; for a model with a graph, what is identified
+    (:func:`pyrocausal.identifiability`); and of a ``fitted`` pair, whether its posterior has collapsed (:func:`pyrocausal.collapse`).
     """
     findings: list[Finding] = []
     store = set(pyro.get_param_store().keys())
@@ -93,6 +96,13 @@ def check_model(model: nn.Module, guide: nn.Module, data: PerturbationData) -> R
             else "draws run one by one, for the arithmetic does not broadcast over them; pyrocausal.structural.mechanism_shift does"
         )
         findings.append(Finding("note", "", text))
+        if modelled is not None and {"graph", "u"} <= set(modelled.nodes):
+            for verdict in identifiability(model, batch).verdicts:
+                level = "warning" if verdict.status == "not identified" else "note"
+                findings.append(Finding(level, "graph", f"{verdict.query} questions: {verdict.status}: {verdict.because}"))
+        if fitted and modelled is not None and "z" in modelled.nodes:
+            state = collapse(model, guide, data)
+            findings.append(Finding("warning" if state else "note", "z", str(state)))
     return Report(tuple(findings))
 
 
