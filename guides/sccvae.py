@@ -6,10 +6,10 @@ likelihood, and keeps targets and penetrances in closed form::
     q(u_n | x_n)      = Normal(a(x_n), diag v(x_n)^2)
     z_n               = u_n - f(u_n) A - S_n                       unit triangular Jacobian: log q(z) = log q(u)
     q(t_p, c_p)       exact given the cells' e_n = u_n - f(u_n) A:  with r_p = sum_n dose_np e_n and N_p cells,
-      1/s_p^2         = N_p + 1/tau^2
-      mu_pk           = s_p^2 (r_pk + m/tau^2)
-      log q(t_p = k)  = log softmax(W e_p + w)_k + mu_pk^2 / (2 s_p^2) + const
-      q(c_p | t_p=k)  = Normal(mu_pk, s_p^2)
+      1/s_pk^2        = N_p + 1/tau_k^2
+      mu_pk           = s_pk^2 (r_pk + m_k/tau_k^2)
+      log q(t_p = k)  = log softmax(W e_p + w)_k + log(s_pk/tau_k) + mu_pk^2 / (2 s_pk^2) - m_k^2 / (2 tau_k^2) + const
+      q(c_p | t_p=k)  = Normal(mu_pk, s_pk^2)
     q(A)              Normal per edge
 
 A perturbation without cells has ``q(t, c) = p(t, c)``: the network's guess from its embedding, and the prior penetrance (zero-shot).
@@ -34,8 +34,9 @@ from pyrocausal.edges import EdgePosterior, EdgePrior, edge_index
 from pyrocausal.likelihood import LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Encoder, Standardise
-from pyrocausal.structural import LINKS, Equations, allowed_edges, mechanism_shift
+from pyrocausal.structural import LINKS, Equations, allowed_edges, interventional_order, mechanism_shift
 
+ORDERED = 0.4  # share of the training after which the order of the programs is final, where it is to be found
 SETTLED = 0.7  # share of the training after which programs are not rescaled any more
 START = 3.0  # standard deviations by which a perturbation moves its program at first
 
@@ -66,12 +67,20 @@ class TargetTable(nn.Module):
         self.register_buffer("seen", torch.zeros(n_perturbations))
         self.register_buffer("logits", torch.zeros(shape))
         self.register_buffer("loc", torch.ones(shape))
-        self.register_buffer("scale", torch.ones(n_perturbations))
+        self.register_buffer("scale", torch.ones(shape))
 
     def expected(self) -> Tensor:
         """E[c_p t_p], [P, D]."""
         t = self.logits.softmax(-1) if self.targets is None else self.targets
         return t * self.loc
+
+    @torch.no_grad()
+    def total_effects(self) -> tuple[Tensor, Tensor]:
+        """Mean change of program k per unit of shift of program j, [D, D], and the precision of each row, [D]."""
+        t = self.logits.softmax(-1) if self.targets is None else self.targets
+        dose = t * self.loc  # [P, D], shift of program j by perturbation p
+        precision = (self.gram.diagonal()[:, None] * dose.square()).sum(0)
+        return dose.T @ self.cross / precision.clamp_min(1e-6)[:, None], precision
 
     @torch.no_grad()
     def observe(self, dose: Tensor, u: Tensor, link: Any) -> None:
@@ -90,23 +99,22 @@ class TargetTable(nn.Module):
         """``u_k -> s_k u_k`` for a link that commutes with a positive scale."""
         for statistic in (self.cross, self.cross_link):
             statistic *= s
-        self.loc *= s if self.targets is None else (self.targets * s).sum(-1, keepdim=True)
+        self.loc *= s
 
     @torch.no_grad()
     def update(self, graph: Tensor, log_prior: Tensor | None, m: Tensor, tau: Tensor, step: float = 1.0) -> None:
-        """The closed form, given the network [D, D] and the prior: log-probabilities of targets [P, D], mean and sd of penetrances."""
+        """The closed form, given the network [D, D] and the prior: log-probabilities of targets [P, D], mean and sd of
+        penetrances [D]."""
         n_p = self.gram.diagonal()
         others = (self.gram - torch.diag(n_p)) @ self.expected()
         r = self.cross - self.cross_link @ graph - others
-        precision = n_p + tau**-2
-        if self.targets is not None:
-            loc = ((r * self.targets).sum(-1) + m / tau**2) / precision
-            self.loc += step * (loc[:, None] - self.loc)
-        else:
+        precision = n_p[:, None] + tau**-2
+        loc = (r + m / tau**2) / precision
+        if self.targets is None:
             assert log_prior is not None
-            loc = (r + m / tau**2) / precision[:, None]
-            self.logits.copy_((log_prior + 0.5 * loc**2 * precision[:, None]).log_softmax(-1))
-            self.loc += step * (loc - self.loc)
+            log_evidence = 0.5 * (precision * loc**2 - (m / tau) ** 2) - 0.5 * precision.log() - tau.log()
+            self.logits.copy_((log_prior + log_evidence).log_softmax(-1))
+        self.loc += step * (loc - self.loc)
         self.scale.copy_(precision.rsqrt())
 
 
@@ -145,7 +153,7 @@ class SCCVAE(PyroModule):
         t = table.targets
         if t is None:
             t = pyro.sample("mask", dist.OneHotCategorical(logits=table.logits).to_event(1))
-        c = pyro.sample("penetrance", dist.Normal((t * table.loc).sum(-1), table.scale).to_event(1))
+        c = pyro.sample("penetrance", dist.Normal((t * table.loc).sum(-1), (t * table.scale).sum(-1)).to_event(1))
         A, order = self.edges()
         if batch.x is None:
             return
@@ -193,6 +201,8 @@ class SCCVAE(PyroModule):
         """After every epoch: programs in units of their exogenous standard deviation, which gradients alone reach slowly."""
         if self.equations != "softplus" and progress <= SETTLED:
             self.rescale(model, (self.moment / self.cells).sqrt())
+        if self.edges.priority is not None and ORDERED / 2 <= progress <= ORDERED:  # without edges until then, refined while it is young
+            self.edges.set_order(interventional_order(*self.table.total_effects()))
         self.moment.zero_()
         self.cells.zero_()
 
@@ -223,6 +233,8 @@ class SCCVAE(PyroModule):
         self.encoder.scale(1 / s)
         model.decoder.scale(s)
         self.edges.rescale(s)
+        model.penetrance_loc /= s
+        model.penetrance_log_scale -= s.log()
         self.table.scale_programs(1 / s)
 
     @torch.no_grad()
@@ -344,6 +356,9 @@ def _grouped(guide: SCCVAE, response: Tensor, n_latent: int) -> tuple[Tensor, Te
             best = fitted, cosine.square().argmax(1), cosine
     assert best is not None
     _, member, cosine = best
-    out[strong, member] = 1
-    sign[strong, 0] = cosine[torch.arange(len(strong)), member].sign()
+    towards = cosine[torch.arange(len(strong)), member]  # a program points where most of what moves it points
+    most = torch.zeros(k, dtype=r.dtype, device=r.device).index_add_(0, member, towards * r.norm(dim=1))
+    sign[strong, 0] = towards.sign() * torch.where(most < 0, -1.0, 1.0)[member]
+    number = {int(j): i for i, j in enumerate(dict.fromkeys(member.tolist()))}  # programs in the order of their first perturbation
+    out[strong, torch.tensor([number[j] for j in member.tolist()], device=out.device)] = 1
     return out, sign

@@ -5,7 +5,8 @@ done to are the same model without a shift. :class:`SCCVAE` is the model that th
 
     e_p in R^E                                             embedding of perturbation p, known for unseen ones too
     t_p   ~ OneHot(softmax(W e_p + w)),  W ~ Normal(0, 1)  the program that p targets             p = 1..P, D programs
-    c_p   ~ Normal(m, tau^2)                               penetrance: how far it moves it
+    c_p   ~ Normal(m_k, tau_k^2) where t_p = k             penetrance: how far it moves it
+            m_k ~ Normal(0, 3^2), tau_k^2 ~ InverseGamma(2, 1)        what is usual for the program; point estimates
     A_jk  ~ Laplace(0, b)   (or another edge prior)        network, edge j -> k
     z_n   ~ Normal(0, I_D)                                 exogenous state of cell n
     S_n   = sum_p dose_np c_p t_p
@@ -27,7 +28,7 @@ site               shape            kind           meaning
 ``u``              [n, D]           deterministic  programs, after the network
 ``x_loc``          [n, G]           deterministic  expected expression
 ``x``              [n, G]           observed       expression
-``target_prior``                    factor         log p(W)
+``target_prior``, ``penetrance_prior``  factors    log p(W); log p(m, tau)
 =================  ===============  =============  =====================================================================
 
 A linear map with a prior, not the paper's network: there are as many examples as perturbations, tens to hundreds, and on 48 of them a
@@ -78,7 +79,7 @@ class SCCVAE(PyroModule):
         n_latent: number of programs D.
         embedding: e, [P, E], standardised by column here; None for no knowledge (targets are free a priori, unseen ones not told apart).
         targets: program of each perturbation [P, D], one-hot, if it is known; None to learn it.
-        graph: which edges may be: ``"full"`` (j -> k for j < k), ``"free"`` (both ways, the order is learned), ``"none"``, ``"random"``, or
+        graph: which edges may be: ``"full"`` (j -> k for j < k), ``"free"`` (both ways, the order is found), ``"none"``, ``"random"``, or
             a matrix [D, D].
         edge_prior: ``"laplace"``, ``"normal"``, ``"horseshoe"`` or ``"spike_slab"``, of scale b (learned).
         equations: f, ``"linear"``, ``"relu"`` or ``"softplus"``.
@@ -128,8 +129,8 @@ class SCCVAE(PyroModule):
             self.target_encoder = nn.Linear(self.embedding.shape[1], n_latent)
             nn.init.zeros_(self.target_encoder.weight)
             nn.init.zeros_(self.target_encoder.bias)
-        self.penetrance_loc = nn.Parameter(torch.ones(()))
-        self.penetrance_log_scale = nn.Parameter(torch.zeros(()))
+        self.penetrance_loc = nn.Parameter(torch.zeros(n_latent))
+        self.penetrance_log_scale = nn.Parameter(torch.zeros(n_latent))
         allowed = allowed_edges(n_latent, graph)
         self.learned_order = isinstance(graph, str) and graph == "free"
         self.register_buffer("edge_index", edge_index(allowed))
@@ -152,7 +153,7 @@ class SCCVAE(PyroModule):
     def forward(self, batch: Batch) -> Tensor:
         table = {"event_dims": ("perturbation", "latent")}
         programs = {"event_dims": ("latent",)}
-        n_perturbations, n_latent = self.shape
+        n_latent = self.shape[1]
         if self.targets is None:
             t = pyro.sample("mask", dist.OneHotCategorical(logits=self.target_log_probs()).to_event(1), infer=table)
             if self.target_encoder is not None:
@@ -160,13 +161,15 @@ class SCCVAE(PyroModule):
         else:
             t = pyro.deterministic("mask", self.targets, event_dim=2)
         m, tau = self.penetrance_loc, self.penetrance_log_scale.exp()
-        c = pyro.sample("penetrance", dist.Normal(m.expand(n_perturbations), tau).to_event(1), infer={"event_dims": ("perturbation",)})
+        law = dist.Normal((t * m).sum(-1), (t * tau).sum(-1)).to_event(1)
+        c = pyro.sample("penetrance", law, infer={"event_dims": ("perturbation",)})
+        pyro.factor("penetrance_prior", (-0.5 * (m / 3) ** 2 - 6 * self.penetrance_log_scale - tau**-2).sum())
         effect = pyro.deterministic("effect", c[..., None].expand(*c.shape, n_latent), event_dim=2)
         A, order = sample_graph(self.edge_index, n_latent, self.edge_prior, self.edge_log_scale.exp(), learned_order=self.learned_order)
-        untouched = torch.full_like(m, math.nan).expand(n_latent)
+        untouched = torch.full_like(m, math.nan)
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1)
-            z = pyro.sample("z", dist.Normal(0.0, torch.ones_like(m).expand(n_latent)).to_event(1), infer=programs)
+            z = pyro.sample("z", dist.Normal(0.0, torch.ones_like(m)).to_event(1), infer=programs)
             shift = pyro.deterministic("shift", mechanism_shift(dose, t * effect), event_dim=1)
             clamp = pyro.deterministic("clamp", untouched, event_dim=1)
             clamp = None if clamp is untouched else clamp

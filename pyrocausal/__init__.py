@@ -22,10 +22,24 @@ from pyrocausal.demo_screen import demo_screen
 from pyrocausal.elbo import ELBO
 from pyrocausal.fit import Fit, fit
 from pyrocausal.identifiability import identifiability
-from pyrocausal.interventions import activate, do, flip_target, knockdown, knockout, perturb, silence, sites, untreated
+from pyrocausal.interventions import (
+    activate,
+    clamp,
+    cut,
+    do,
+    flip_target,
+    knockdown,
+    knockout,
+    perturb,
+    set_edge,
+    shift,
+    silence,
+    sites,
+    untreated,
+)
 from pyrocausal.io import load
 from pyrocausal.posterior import iwelbo, to_inference_data, to_networkx
-from pyrocausal.query import counterfactual, effects, interventional, to_anndata
+from pyrocausal.query import counterfactual, dose_response, effects, interventional, to_anndata
 
 __all__ = [
     "ELBO",
@@ -36,10 +50,13 @@ __all__ = [
     "auto_guide",
     "build",
     "check_model",
+    "clamp",
     "collapse",
     "counterfactual",
+    "cut",
     "demo_screen",
     "do",
+    "dose_response",
     "effects",
     "errors",
     "fit",
@@ -53,6 +70,8 @@ __all__ = [
     "load",
     "models",
     "perturb",
+    "set_edge",
+    "shift",
     "silence",
     "simulate",
     "sites",

@@ -12,8 +12,10 @@ prior            weight of edge i                                               
 ===============  =====================================================================================  =================================
 
 **Order.** With edges both ways between two programs (:func:`~pyrocausal.structural.allowed_edges`, ``"free"``) a site ``priority`` [D]
-decides: j -> k is possible only if ``priority_j < priority_k``, so that every draw is a graph without cycles. Gradients of the priorities
-are those of ``sigmoid((priority_k - priority_j) / T)``, straight through.
+decides: j -> k is there only if ``priority_j < priority_k``, so that every value of it is a graph without cycles (none at all while all are
+equal). The guide sets it from the interventions (:func:`~pyrocausal.structural.interventional_order`). Learning it by gradients, straight
+through or by an annealed relaxation, was tried and is worse than any fixed order: a weight against the order gets no gradient, and
+without weights the order gets none.
 """
 
 from __future__ import annotations
@@ -30,7 +32,6 @@ from pyrocausal.distributions import StraightThroughBernoulli
 
 EdgePrior = Literal["normal", "laplace", "horseshoe", "spike_slab"]
 PRIORS = ("normal", "laplace", "horseshoe", "spike_slab")
-TEMPERATURE = 0.5  # of the order's straight-through gradient
 EDGES = {"event_dims": ("edge",)}
 
 
@@ -71,8 +72,7 @@ def assemble(weight: Tensor, index: Tensor, n_latent: int, priority: Tensor | No
     j, k = index
     if priority is not None:
         ahead = priority[..., k] - priority[..., j]
-        soft = (ahead / TEMPERATURE).sigmoid()
-        weight = weight * ((ahead > 0).to(soft.dtype) + soft - soft.detach())
+        weight = weight * (ahead > 0).to(weight.dtype)
     out = weight.new_zeros(*weight.shape[:-1], n_latent * n_latent)
     return out.index_copy(-1, j * n_latent + k, weight).unflatten(-1, (n_latent, n_latent))
 
@@ -84,13 +84,14 @@ def order_of(priority: Tensor) -> Tensor:
 
 class EdgePosterior(nn.Module):
     """The guide's side of :func:`sample_graph`, factor by factor: Normal weights, log-normal scales, straight-through edges, and a point
-    for the order (its entropy would be that of a permutation, which a Gaussian over priorities is not).
+    for the order.
 
     Args:
         index: [2, E]. weight_scale: initial posterior standard deviation of a weight.
     """
 
     index: Tensor
+    priority: Tensor | None
 
     def __init__(
         self, index: Tensor, n_latent: int, prior: EdgePrior = "laplace", learned_order: bool = False, weight_scale: float = 0.05
@@ -109,7 +110,7 @@ class EdgePosterior(nn.Module):
             self.scale_log_scale = nn.Parameter(torch.full((n_edges,), -1.0))
         if prior == "spike_slab":
             self.edge_logits = nn.Parameter(torch.zeros(n_edges))
-        self.priority = nn.Parameter(torch.linspace(-1, 1, n_latent)) if learned_order else None
+        self.register_buffer("priority", torch.zeros(n_latent) if learned_order else None)
 
     def forward(self) -> tuple[Tensor, Tensor | None]:
         """Draw the edges: graph and order, as :func:`sample_graph`."""
@@ -126,6 +127,12 @@ class EdgePosterior(nn.Module):
         return graph, None if priority is None else order_of(priority)
 
     @torch.no_grad()
+    def set_order(self, order: list[int]) -> None:
+        """Allow the edges that point forward in ``order``, causes first."""
+        assert self.priority is not None
+        self.priority[order] = torch.linspace(-1, 1, self.n_latent, dtype=self.weight.dtype, device=self.weight.device)
+
+    @torch.no_grad()
     def rescale(self, s: Tensor) -> None:
         """The same edges between programs in other units, ``u_k -> u_k / s_k``, [D]."""
         j, k = self.index
@@ -135,7 +142,7 @@ class EdgePosterior(nn.Module):
     @torch.no_grad()
     def mean(self) -> Tensor:
         """Posterior mean of the graph, [D, D]."""
-        on = self.edge_logits.sigmoid() if self.prior == "spike_slab" else 1.0
+        on = self.edge_logits.sigmoid() if self.prior == "spike_slab" else torch.ones_like(self.weight)
         return assemble(self.weight * on, self.index, self.n_latent, self.priority)
 
     @torch.no_grad()

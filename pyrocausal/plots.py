@@ -14,6 +14,7 @@ from pyrocausal.fit import Fit
 
 # Okabe and Ito: told apart with every kind of colour vision
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#222222"
+CURVES = (BLUE, ORANGE, GREEN, "#CC79A7", "#E69F00", BLACK)
 NORMAL_90 = 1.6449  # a 90 % interval is this many standard errors on either side
 UNITS = {"log1p_cp10k": "log(1 + counts per 10,000)", "rate": "share of the library", "counts": "counts", "data": "the data's own scale"}
 
@@ -121,6 +122,39 @@ def effects_forest(effects: xr.Dataset, measured: xr.Dataset | None, interventio
     ax.tick_params(axis="y", length=0)
     if has:  # above the data, which may be anywhere below
         ax.legend(frameon=False, fontsize=8, loc="lower right", bbox_to_anchor=(1, 1.0), ncols=2, borderaxespad=0, handletextpad=0.3)
+    return _clean(ax)
+
+
+def dose_curves(response: xr.Dataset, perturbation: str, genes: Sequence[str], measured: xr.Dataset | None = None, ax: Any = None) -> Any:
+    """Effect against dose, a curve with its 90 % band for each gene; the measured effect, with its 90 % interval, at dose 1.
+
+    Args:
+        response: of :func:`pyrocausal.dose_response`.
+        genes: at most six.
+        measured: of :func:`pyrocausal.evaluate.measured_effects`, in the same unit.
+    """
+    _known(perturbation, response, "perturbation")
+    if not 0 < len(genes) <= len(CURVES):
+        raise DataError(f"{len(genes)} genes were given, and curves are told apart for 1 to {len(CURVES)}; give fewer")
+    for gene in genes:
+        _known(gene, response, "gene")
+    ax = _axes(ax, (5.4, 3.4))
+    doses = response["dose"].to_numpy()
+    there = measured is not None and perturbation in measured["intervention"].values
+    ax.axhline(0, color=GREY, lw=0.8, zorder=0)
+    ax.axvline(1, color=GREY, lw=0.8, ls=":", zorder=0)
+    for i, (gene, colour) in enumerate(zip(genes, CURVES, strict=False)):
+        low, mid, high = np.quantile(response["effect"].sel(perturbation=perturbation, gene=gene), [0.05, 0.5, 0.95], axis=-1)
+        ax.fill_between(doses, low, high, color=colour, alpha=0.18, lw=0)
+        ax.plot(doses, mid, color=colour, lw=1.6, label=gene)
+        if there and measured is not None:
+            one = measured.sel(intervention=perturbation, gene=gene)
+            aside = 1 + 0.012 * (i - (len(genes) - 1) / 2) * np.ptp(doses)
+            width = NORMAL_90 * float(one["se"])
+            ax.errorbar(aside, float(one["effect"]), width, fmt="D", color=colour, ms=4, mfc="white", lw=1)
+    ax.set(xlabel="dose (1 = as in the screen)", ylabel=f"effect, {UNITS.get(response.attrs.get('unit', ''), '')}")
+    ax.set_title(perturbation, fontsize=10, loc="left", fontweight="bold")
+    ax.legend(frameon=False, fontsize=8)
     return _clean(ax)
 
 

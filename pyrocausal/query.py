@@ -20,11 +20,12 @@ import torch
 import xarray as xr
 from torch import Tensor
 
+from pyrocausal.compile_sites import check_edges, possible_edges
 from pyrocausal.coupling import Noise, couple
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit
-from pyrocausal.interventions import Intervention, as_list, check
+from pyrocausal.interventions import Intervention, as_list, check, perturb
 from pyrocausal.loading import Batch
 from pyrocausal.worlds import MAX_ROWS, Base, factual_base, fresh_base, global_draws, intervened_law, vectorises
 
@@ -54,7 +55,8 @@ def effects(
 
     Returns:
         Dataset with ``effect`` and ``expression`` (intervention, draw, gene) and ``baseline`` (draw, gene). Its memory is all that grows
-        with the number of interventions.
+        with the number of interventions. As of every question, its attribute ``unseen`` names the perturbations that no training cell
+        received, if the model can answer them (attribute ``answers_unseen``) and any were asked for.
     """
     named = _prepare(fit, do)
     unit = _unit(fit, units)
@@ -80,8 +82,37 @@ def effects(
             "baseline": (("draw", "gene"), baseline),
         },
         coords={"intervention": [n for n, _ in named], "draw": np.arange(draws), "gene": genes},
-        attrs={"unit": unit, "rung": "interventional", "reference": "untreated", "cells_per_draw": cells},
+        attrs={"unit": unit, "rung": "interventional", "reference": "untreated", "cells_per_draw": cells} | _unseen(fit, named),
     )
+
+
+def dose_response(
+    fit: Fit,
+    perturbations: str | Sequence[str],
+    doses: Sequence[float] | np.ndarray,
+    *,
+    draws: int = 200,
+    cells: int = 128,
+    units: str | None = None,
+    seed: int = 0,
+) -> xr.Dataset:
+    """Effects of perturbations over a grid of doses (multiples of the penetrance that was learned; 0 = untreated, 1 = as in the screen).
+
+    Returns:
+        As :func:`effects`, with dims (perturbation, dose, draw, gene): ``effect``, ``expression``, and ``baseline`` (draw, gene). The same
+        cells and draws at every dose, so that curves are smooth draw by draw and their quantiles are bands.
+    """
+    names = [perturbations] if isinstance(perturbations, str) else list(perturbations)
+    grid = [float(d) for d in doses]
+    acts = {f"{name} at {dose!r}": perturb(name, dose=dose) for name in names for dose in grid}
+    if len(acts) < len(names) * len(grid) or not acts:
+        raise InterventionError("perturbations and doses are to be distinct, at least one of each; give each once")
+    flat = effects(fit, acts, draws=draws, cells=cells, units=units, seed=seed)
+    dims = ("perturbation", "dose", "draw", "gene")
+    shape = (len(names), len(grid), draws, flat.sizes["gene"])
+    tables = {k: (dims, flat[k].to_numpy().reshape(shape)) for k in ("effect", "expression")}
+    coords = {"perturbation": names, "dose": grid, "draw": flat["draw"].to_numpy(), "gene": flat["gene"].to_numpy()}
+    return xr.Dataset(tables | {"baseline": (("draw", "gene"), flat["baseline"].to_numpy())}, coords=coords, attrs=flat.attrs)
 
 
 def interventional(
@@ -195,8 +226,25 @@ def to_anndata(result: xr.Dataset, draw: int | None = None) -> Any:
 
 def _prepare(fit: Fit, do: Do) -> list[tuple[str, Intervention]]:
     named = as_list(do, fit.coords["separator"], fit.coords["control"])
-    check([i for _, i in named], fit.coords, [int(n) for n in fit.cells_per_perturbation])
+    acts = [i for _, i in named]
+    trained = None if getattr(fit.model, "answers_unseen", False) else [int(n) for n in fit.cells_per_perturbation]
+    check(acts, fit.coords, trained)
+    if any(i.edges for i in acts):
+        example = fit.reference.to(_device(fit)).rows([0])
+        with _seeded(0, fit):
+            globals_ = {k: v[0] for k, v in global_draws(fit.guide, example, 1, vectorised=False).items()}
+            edges = possible_edges(fit.model, example, globals_)
+        if edges is not None:  # without a graph, compiling refuses
+            check_edges(fit.model, acts, edges)
     return named
+
+
+def _unseen(fit: Fit, named: list[tuple[str, Intervention]]) -> dict[str, str]:
+    """The perturbations of a question that no training cell received, as an attribute of the answer; nothing if there are none."""
+    asked = set().union(*(i.perturbations for _, i in named))
+    cells = zip(fit.coords["perturbation"], fit.cells_per_perturbation, strict=True)
+    names = [name for name, n in cells if n == 0 and name in asked]
+    return {"unseen": ", ".join(names)} if names else {}
 
 
 def _unit(fit: Fit, units: str | None) -> str:
@@ -318,4 +366,4 @@ def _dataset(
 ) -> xr.Dataset:
     dims = ("intervention", "draw", "cell", "gene")
     coords = {"intervention": [n for n, _ in named], "draw": np.arange(draws), "cell": cells, "gene": fit.coords["gene"]}
-    return xr.Dataset({k: (dims, v) for k, v in out.items()}, coords=coords, attrs=attrs)
+    return xr.Dataset({k: (dims, v) for k, v in out.items()}, coords=coords, attrs=attrs | _unseen(fit, named))

@@ -6,6 +6,7 @@ Two published simulators, each with the settings of its reference (``replicate=T
 - :func:`sams_screen`, the sparse additive shifts of SAMS-VAE (Bereket and Karaletsos, NeurIPS 2023, arXiv 2311.02794);
 
 A small screen with marker genes and inert perturbations, for demonstrations, is in :mod:`pyrocausal.demo_screen`.
+Screens whose perturbations shift the nodes of a latent causal graph are in :mod:`pyrocausal.simulate_graph`.
 
 All return an ``AnnData`` with ``obs["perturbation"]`` and the truth beside it:
 

@@ -278,24 +278,24 @@ def test_closed_form_of_target_and_penetrance_is_the_exact_posterior() -> None:
     from pyrocausal.guides.sccvae import TargetTable
 
     torch.manual_seed(0)
-    n, n_latent, m, tau = 30, 3, 0.5, 0.8
+    n, n_latent = 30, 3
+    m, tau = torch.tensor([0.5, -0.3, 1.0], dtype=torch.float64), torch.tensor([0.8, 0.5, 1.5], dtype=torch.float64)
     e = torch.randn(n, n_latent).double() + torch.tensor([0.0, 0.4, 0.1]).double()
     log_prior = torch.tensor([[0.2, 0.5, 0.3]]).double().log()
     table = TargetTable(1, n_latent, None).double()
     table.gram.fill_(n)
     table.cross.copy_(e.sum(0, keepdim=True))
-    table.update(
-        torch.zeros(n_latent, n_latent).double(), log_prior, torch.tensor(m, dtype=torch.float64), torch.tensor(tau, dtype=torch.float64)
-    )
-    grid = torch.linspace(-6, 6, 20001, dtype=torch.float64)
-    prior = -0.5 * ((grid - m) / tau) ** 2
-    evidence, means = [], []
+    table.update(torch.zeros(n_latent, n_latent).double(), log_prior, m, tau)
+    grid = torch.linspace(-8, 8, 40001, dtype=torch.float64)
+    evidence, means, deviations = [], [], []
     for k in range(n_latent):
+        prior = -0.5 * ((grid - m[k]) / tau[k]) ** 2 - tau[k].log()
         joint = prior + grid * e[:, k].sum() - 0.5 * n * grid**2  # log-likelihood but for a constant that all targets share
+        weight = joint.softmax(0)
         evidence.append(joint.logsumexp(0))
-        means.append((joint.softmax(0) * grid).sum())
+        means.append((weight * grid).sum())
+        deviations.append((weight * (grid - means[-1]) ** 2).sum().sqrt())
     expected = (torch.stack(evidence) + log_prior[0]).softmax(0)
     torch.testing.assert_close(table.logits.softmax(-1)[0], expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(table.loc[0], torch.stack(means), rtol=1e-8, atol=1e-8)
-    sd = ((prior + grid * e[:, 1].sum() - 0.5 * n * grid**2).softmax(0) * (grid - means[1]) ** 2).sum().sqrt()
-    assert float(table.scale[0]) == pytest.approx(float(sd), rel=1e-8)
+    torch.testing.assert_close(table.scale[0], torch.stack(deviations), rtol=1e-8, atol=1e-8)
