@@ -233,8 +233,8 @@ class SCCVAE(PyroModule):
         self.encoder.scale(1 / s)
         model.decoder.scale(s)
         self.edges.rescale(s)
-        model.penetrance_loc /= s
-        model.penetrance_log_scale -= s.log()
+        model.penetrance_loc.div_(s)
+        model.penetrance_log_scale.sub_(s.log())
         self.table.scale_programs(1 / s)
 
     @torch.no_grad()
