@@ -58,7 +58,9 @@ __all__ = [
     "do",
     "dose_response",
     "effects",
+    "embeddings",
     "errors",
+    "evaluate",
     "fit",
     "flip_target",
     "guides",
@@ -69,11 +71,14 @@ __all__ = [
     "knockout",
     "load",
     "models",
+    "modules",
     "perturb",
+    "plots",
     "set_edge",
     "shift",
     "silence",
     "simulate",
+    "simulate_graph",
     "sites",
     "to_anndata",
     "to_inference_data",
@@ -83,7 +88,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> _ModuleType:
-    """``pc.models`` and ``pc.guides``: imported when they are asked for."""
-    if name in ("models", "guides"):
+    """``pc.models``, ``pc.guides`` and what not every session needs: imported when they are asked for."""
+    if name in ("models", "guides", "embeddings", "evaluate", "modules", "plots", "simulate_graph"):
         return _import_module(f"pyrocausal.{name}")
     raise AttributeError(f"module 'pyrocausal' has no attribute {name!r}")

@@ -252,7 +252,7 @@ def _finite(modelled: Any, guided: Any, findings: list[Finding]) -> None:
 
 def _dimensions(trace: Any, findings: list[Finding]) -> None:
     for name, site in trace.nodes.items():
-        if site["type"] != "sample" or type(site["fn"]) is _Subsample or _deterministic(site):
+        if site["type"] != "sample" or type(site["fn"]) in (_Subsample, pyro.distributions.Unit) or _deterministic(site):
             continue
         n = site["fn"].event_dim
         declared = site["infer"].get("event_dims") or RESERVED_DIMS.get(name, ())

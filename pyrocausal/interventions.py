@@ -8,19 +8,24 @@ word                                       compiles to
 ``perturb("KLF1", penetrance=0.5)``        ``{"hit": ...}``, or a ``dose`` of 0 in the cells where it does not take
 ``flip_target("KLF1", program)``           ``{"mask": ...}`` with one entry flipped
 ``silence("KLF1")``                        ``{"effect": ...}`` with one row set to zero
+``clamp(program, value)``                  ``{"clamp": ...}``: the program is held there, whatever acts on it; its descendants follow
+``set_edge(a, b, weight)``, ``cut(a, b)``  ``{"graph": ...}`` with one weight changed, or set to zero
+``shift(program, by)``                     a soft act: added to ``shift``, after what the dose of the same intervention does there
 =========================================  =====================================================================================
 
 Interventions are values: ``a & b == b & a``, ``a & a == a``, and ``(a & b) & c == a & (b & c)``. A ``dose`` replaces the whole treatment
-of a cell; ``flip_target`` and ``silence`` leave the treatment as it was.
+of a cell, and a ``clamp`` the whole site ``clamp``; the others leave the treatment as it was.
 """
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 import pyro
 import pyro.poutine as poutine
@@ -29,8 +34,11 @@ from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import _context_wrap
 from torch import Tensor
 
+from pyrocausal.compile_sites import check_edges, compile_shift, compile_sites, edges_of, possible_edges
 from pyrocausal.errors import InterventionError, nearest
+from pyrocausal.soft import Change, Soft
 
+Key = TypeVar("Key", str, int, tuple[int, int])
 WORDS = {"knockout": "knockout", "knockdown": "knockdown", "activate": "activation"}  # word -> modality of the screens it fits
 
 
@@ -43,6 +51,9 @@ class Intervention:
         penetrances: share of the cells in which each takes, sorted by name.
         flips: (perturbation, program) entries of the target mask that are flipped.
         silenced: perturbations whose effect is set to zero.
+        clamps: value at which each program is held, sorted by program.
+        edges: weight that each edge (cause, effect) is given, 0 where it is cut, sorted.
+        shifts: what is added to the shift of each program, sorted by program.
         words: the modality words that were used.
     """
 
@@ -50,6 +61,9 @@ class Intervention:
     penetrances: tuple[tuple[str, float], ...] = ()
     flips: frozenset[tuple[str, int]] = frozenset()
     silenced: frozenset[str] = frozenset()
+    clamps: tuple[tuple[int, float], ...] = ()
+    edges: tuple[tuple[tuple[int, int], float], ...] = ()
+    shifts: tuple[tuple[int, float], ...] = ()
     words: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __and__(self, other: Intervention) -> Intervention:
@@ -61,6 +75,9 @@ class Intervention:
             penetrances=_union(self.penetrances, other.penetrances, "penetrance"),
             flips=self.flips | other.flips,
             silenced=self.silenced | other.silenced,
+            clamps=_union(self.clamps, other.clamps, "clamp"),
+            edges=_union(self.edges, other.edges, "weight"),
+            shifts=_union(self.shifts, other.shifts, "shift"),
             words=self.words | other.words,
         )
 
@@ -75,6 +92,9 @@ class Intervention:
             parts.append("untreated")
         parts += [f"flip {p} -> {d}" for p, d in sorted(self.flips)]
         parts += [f"silence {p}" for p in sorted(self.silenced)]
+        parts += [f"clamp program {d} at {value}" for d, value in self.clamps]
+        parts += [f"edge {a} -> {b} at {weight}" if weight else f"cut {a} -> {b}" for (a, b), weight in self.edges]
+        parts += [f"shift program {d} by {by}" for d, by in self.shifts]
         return " & ".join(parts)
 
     @property
@@ -108,14 +128,37 @@ def untreated() -> Intervention:
     return Intervention(doses=())
 
 
-def flip_target(name: str, program: int) -> Intervention:
+def flip_target(name: str, program: int | str) -> Intervention:
     """Flip whether a perturbation targets a program (an entry of ``mask``)."""
-    return Intervention(flips=frozenset({(name, int(program))}))
+    return Intervention(flips=frozenset({(name, _program(program))}))
 
 
 def silence(name: str) -> Intervention:
     """Set the effect of a perturbation to zero on every program (a row of ``effect``)."""
     return Intervention(silenced=frozenset({name}))
+
+
+def clamp(program: int | str, value: float) -> Intervention:
+    """Hold a program (``3`` or ``"program 3"``) at a value: ``do(u_3 = value)``. Nothing acts on it any more; its descendants follow."""
+    return Intervention(clamps=((_program(program), _finite(value, "clamp", "value")),))
+
+
+def set_edge(a: int | str, b: int | str, weight: float) -> Intervention:
+    """Give the edge from program a to program b a weight (an entry of ``graph``)."""
+    cause, effect = _program(a), _program(b)
+    if cause == effect:
+        raise InterventionError(f"an edge from program {cause} to itself was given; an edge joins two programs")
+    return Intervention(edges=(((cause, effect), _finite(weight, "set_edge", "weight")),))
+
+
+def cut(a: int | str, b: int | str) -> Intervention:
+    """Remove the edge from program a to program b: :func:`set_edge` with a weight of 0."""
+    return set_edge(a, b, 0.0)
+
+
+def shift(program: int | str, by: float) -> Intervention:
+    """Push a program by so much in every cell: added to ``shift``, beside what perturbations add. What acts on the program still does."""
+    return Intervention(shifts=((_program(program), _finite(by, "shift", "by")),))
 
 
 def parse(condition: str, separator: str = "+", control: str = "control") -> Intervention:
@@ -162,7 +205,9 @@ def check(interventions: Iterable[Intervention], coords: Mapping[str, Any], trai
             if name not in names:
                 raise InterventionError(f"no perturbation of the screen is named {name!r}{nearest(name, names)}")
             if trained is not None and trained[names.index(name)] == 0:
-                raise InterventionError(f"no training cell received {name!r}, so its effect is not learned; train on cells that did")
+                raise InterventionError(
+                    f"no training cell received {name!r}, so its effect is not learned; train on them, or take a model with an embedding"
+                )
         for word in sorted(intervention.words):
             if coords["modality"] not in ("perturbation", WORDS[word]):
                 raise InterventionError(
@@ -170,98 +215,23 @@ def check(interventions: Iterable[Intervention], coords: Mapping[str, Any], trai
                 )
 
 
-def compile_sites(
-    interventions: Sequence[Intervention],
-    perturbations: Sequence[str],
-    base_dose: Tensor,
-    given: Mapping[str, Tensor],
-    sites: Iterable[str],
-    uniform: Tensor | None = None,
-) -> dict[str, Tensor]:
-    """Values for ``pyro.do`` of K interventions at once.
-
-    Args:
-        perturbations: names in the order of the dose.
-        base_dose: treatment of the cells before any intervention, [n, P] or [1, P].
-        given: current values of ``mask`` and ``effect``, [P, D] or [S, 1, 1, P, D].
-        sites: names of the model's sites.
-        uniform: uniform numbers [..., n, P] that decide in which cells a perturbation takes, shared by all interventions.
-
-    Returns:
-        ``dose`` [K, n or 1, P] (or [..., K, n, P] with penetrance), and as needed ``hit``, ``mask`` and ``effect`` [..., K, 1, P, D].
-    """
-    sites = set(sites)
-    code = {name: i for i, name in enumerate(perturbations)}
-    if "dose" not in sites:
-        raise InterventionError(
-            "the model has no site 'dose', so no treatment can be given; write dose = pyro.deterministic('dose', batch.dose, event_dim=1)"
-        )
-    dose = base_dose.expand(len(interventions), *base_dose.shape).clone()
-    takes = torch.ones(len(interventions), 1, len(perturbations), dtype=dose.dtype, device=dose.device)
-    for k, intervention in enumerate(interventions):
-        if intervention.doses is not None:
-            dose[k] = 0
-            for name, amount in intervention.doses:
-                dose[k, :, code[name]] = amount
-        for name, share in intervention.penetrances:
-            takes[k, 0, code[name]] = share
-    values = {"dose": dose}
-    if bool((takes < 1).any()):
-        if uniform is None:
-            raise InterventionError(
-                "a penetrance below 1 differs from cell to cell; ask for it through effects, interventional or counterfactual"
-            )
-        hit = (uniform.unsqueeze(-3) < takes).to(dose.dtype)
-        values |= {"hit": hit} if "hit" in sites else {"dose": dose * hit}
-    for site in ("mask", "effect"):
-        acts = [i.flips if site == "mask" else i.silenced for i in interventions]
-        if any(acts):
-            values[site] = _edited(site, acts, code, given, sites)
-    return values
-
-
-def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapping[str, Tensor], sites: set[str]) -> Tensor:
-    word = "flip_target" if site == "mask" else "silence"
-    if site not in sites:
-        raise InterventionError(f"the model has no sampled site {site!r}, so {word}(...) has nothing to act on")
-    if site not in given:
-        raise InterventionError(f"{word}(...) changes the value that {site!r} has; pass it as given={{{site!r}: a posterior draw}}")
-    value = given[site]
-    value = value[None, None] if value.dim() == 2 else value  # [..., 1, 1, P, D]
-    out = value.expand(*value.shape[:-4], len(acts), *value.shape[-3:]).clone()
-    for k, act in enumerate(acts):
-        for what in act:
-            if site == "mask":
-                name, program = what
-                if not 0 <= program < value.shape[-1]:
-                    raise InterventionError(f"program {program} was asked for, but there are {value.shape[-1]}; they are numbered from 0")
-                out[..., k, :, code[name], program] = 1 - out[..., k, :, code[name], program]
-            else:
-                out[..., k, :, code[what], :] = 0
-    return out
-
-
-def site_names(model: Callable[..., Any], batch: Any) -> list[str]:
-    """Names of the sample and deterministic sites of a model, from one plain run."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        trace = poutine.trace(model).get_trace(batch)
-    return [name for name, site in trace.nodes.items() if site["type"] == "sample"]
-
-
 def do(
     model: Callable[..., Any], intervention: Intervention | str, data: Any, given: Mapping[str, Tensor] | None = None
 ) -> Callable[..., Any]:
     """``pyro.do(model, data=sites(model, intervention, data))``: the model under an intervention, nothing more.
 
+    A :func:`shift` is a :class:`~pyrocausal.soft.Soft` around it.
+
     Raises:
         InterventionError: for an unknown name, a site the model lacks, or a second ``do`` on one site (which Pyro 1.9 cannot run).
     """
-    values = sites(model, intervention, data, given)
+    values, by = _compiled(model, intervention, data, given)
     _, before = _unwrapped(model)
-    twice = before & set(values)
+    twice = before & (set(values) | (set() if by is None else {"shift"}))
     if twice:
         raise InterventionError(f"{min(twice)!r} is already intervened on; combine the interventions with & in one call of do")
-    return pyro.do(model, data=values)
+    intervened = pyro.do(model, data=values)
+    return intervened if by is None else Soft(Change("shift", plus=by))(intervened)
 
 
 def sites(
@@ -271,26 +241,56 @@ def sites(
 
     Args:
         data: the :class:`~pyrocausal.data.PerturbationData` that gives the names.
-        given: values of ``mask`` and ``effect`` [P, D], needed by :func:`flip_target` and :func:`silence`.
+        given: values of ``mask`` and ``effect`` [P, D] and ``graph`` [D, D], needed by :func:`flip_target`, :func:`silence`, and
+            :func:`cut` and :func:`set_edge` (with ``priority`` [D] where the order of the programs is learned).
     """
+    values, by = _compiled(model, intervention, data, given)
+    if by is not None:
+        raise InterventionError(
+            "shift(...) adds to the value that 'shift' has in each cell, so it sets no site; use pc.do instead of pc.sites"
+        )
+    return values
+
+
+def _compiled(
+    model: Callable[..., Any], intervention: Intervention | str, data: Any, given: Mapping[str, Tensor] | None
+) -> tuple[dict[str, Tensor], Tensor | None]:
+    """What is set, site name -> value, and what is added to ``shift``, [1, D]."""
     value = parse(intervention, data.separator, data.control) if isinstance(intervention, str) else intervention
     coords = {"perturbation": list(data.perturbations), "modality": data.modality}
     check([value], coords)
     batch = data.batch([0, 0] if len(data) == 1 else [0, 1])
-    known = site_names(_unwrapped(model)[0], batch)
+    given = dict(given or {})
+    inner = _unwrapped(model)[0]
+    known = site_values(inner, batch)
     base = batch.dose.new_zeros(1, len(data.perturbations))
-    out = compile_sites([value], coords["perturbation"], base, given or {}, known)
+    shapes = {name: v for name, v in known.items() if name in ("clamp", "shift")}
+    out = compile_sites([value], coords["perturbation"], base, shapes | given, known)
+    by = compile_shift([value], shapes, known)
+    if value.edges:
+        edges = possible_edges(inner, batch, {k: v for k, v in given.items() if k == "priority"})
+        assert edges is not None
+        check_edges(inner, [value], edges | edges_of(given["graph"]))
     if value.doses is None:
         out.pop("dose")
-    return {name: v.squeeze(0) if name == "dose" else v.reshape(v.shape[-2:]) for name, v in out.items()}
+    values = {name: v.reshape(v.shape[-1:] if name == "clamp" else v.shape[-2:]) for name, v in out.items()}
+    return values, None if by is None else by[0]
+
+
+def site_values(model: Callable[..., Any], batch: Any) -> dict[str, Tensor]:
+    """Values of the sample and deterministic sites of a model, from one plain run."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        trace = poutine.trace(model).get_trace(batch)
+    return {name: site["value"] for name, site in trace.nodes.items() if site["type"] == "sample"}
 
 
 def _unwrapped(model: Any) -> tuple[Any, frozenset[str]]:
-    """The model inside any ``pyro.do``, and the names of the sites that they intervene on."""
+    """The model inside any ``pyro.do`` and ``Soft``, and the names of the sites that they intervene on."""
     names: frozenset[str] = frozenset()
     while isinstance(getattr(model, "func", None), partial) and model.func.func is _context_wrap:
         context, model = model.func.args[:2]
-        names |= frozenset(context.data) if isinstance(context, DoMessenger) else frozenset()
+        if isinstance(context, DoMessenger | Soft):
+            names |= context.sites if isinstance(context, Soft) else frozenset(context.data)
     return model, names
 
 
@@ -304,9 +304,23 @@ def _dosed(name: str, dose: float, penetrance: float, words: frozenset[str]) -> 
     return Intervention(doses=((name, float(dose)),), penetrances=((name, float(penetrance)),), words=words)
 
 
-def _union(a: tuple[tuple[str, float], ...], b: tuple[tuple[str, float], ...], what: str) -> tuple[tuple[str, float], ...]:
+def _program(program: int | str) -> int:
+    try:
+        return int(program.removeprefix("program ")) if isinstance(program, str) else operator.index(program)
+    except (TypeError, ValueError):
+        raise InterventionError(f"{program!r} is no program; give its number, or its name such as 'program 3'") from None
+
+
+def _finite(value: float, word: str, what: str) -> float:
+    if not (isinstance(value, Real) and math.isfinite(value)):
+        raise InterventionError(f"{what}={value!r} was given to {word}(...); give a finite number")
+    return float(value) + 0.0  # no -0.0, which equals 0.0 but has another name
+
+
+def _union(a: tuple[tuple[Key, float], ...], b: tuple[tuple[Key, float], ...], what: str) -> tuple[tuple[Key, float], ...]:
     out = dict(a)
-    for name, value in b:
-        if out.setdefault(name, value) != value:
-            raise InterventionError(f"{name!r} was given a {what} of {out[name]:g} and of {value:g}; give one")
+    for key, value in b:
+        if out.setdefault(key, value) != value:
+            name = repr(key) if isinstance(key, str) else f"program {key}" if isinstance(key, int) else "the edge {} -> {}".format(*key)
+            raise InterventionError(f"{name} was given a {what} of {out[key]:g} and of {value:g}; give one")
     return tuple(sorted(out.items()))

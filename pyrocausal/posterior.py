@@ -19,12 +19,12 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from pyrocausal.data import PerturbationData
-from pyrocausal.elbo import _sample_sites
+from pyrocausal.elbo import _deterministic, _sample_sites
 from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit
 from pyrocausal.loading import Batch
 from pyrocausal.query import MAX_BYTES, _chunks, _device, _fresh, _population, _same_names, _seeded, _unit, _vectorises
-from pyrocausal.worlds import MAX_ROWS, Base, _plates, factual_base, law_under
+from pyrocausal.worlds import MAX_ROWS, Base, _plates, _run_base, factual_base, law_under
 from pyrocausal.worlds import global_draws as _global_draws
 
 RESERVED_DIMS = {
@@ -80,8 +80,10 @@ def to_inference_data(
     Returns:
         Groups and variables:
 
-        - ``posterior``: every global latent site, dims ``(chain, draw, ...)`` by the names of its plates and events, and ``net_effect``,
-          which is ``mask * effect`` (an effect without target follows its prior);
+        - ``posterior``: every global latent site, dims ``(chain, draw, ...)`` by the names of its plates and events, the global
+          deterministic ones among ``mask``, ``effect``, ``penetrance`` and ``graph``, and ``net_effect``, which is ``mask * effect`` (an
+          effect without target follows its prior). Edges between programs have coordinates such as ``"3->7"`` (dimension ``edge``, or
+          ``edge_name`` beside a site ``edge``);
         - ``posterior_predictive``: ``x`` (chain, draw, cell, gene);
         - ``observed_data``: ``x`` (cell, gene); ``constant_data``: ``dose`` (cell, perturbation), ``library_size`` and
           ``batch_code`` (cell);
@@ -97,7 +99,8 @@ def to_inference_data(
             raise InterventionError(f"the groups about cells would take {size / 2**30:.1f} GiB; pass fewer cells or predictive_draws")
     with _seeded(seed, fit):
         drawn = global_draws(fit, max(draws, predictive_draws if cells is not None else 0))
-        tables = {k: v[:draws] for k, v in drawn.items()}
+        sampled = {k: v[:draws] for k, v in drawn.items()}
+        tables = sampled | deterministic_tables(fit, sampled, draws)
         net = {"net_effect": tables["mask"] * tables["effect"]} if {"mask", "effect"} <= tables.keys() else {}
         groups: dict[str, Any] = {"posterior": {k: v[None] for k, v in (tables | net).items()}}
         dims |= {"net_effect": dims.get("effect", ())}
@@ -110,7 +113,7 @@ def to_inference_data(
                 all_dims |= {k: ("chain", "draw", "cell", *dims[k]) for k in states}
             groups |= {
                 "posterior_predictive": {"x": x[None]},
-                "log_likelihood": {"x": log_likelihood(fit, cells, tables, particles)[None]},
+                "log_likelihood": {"x": log_likelihood(fit, cells, sampled, particles)[None]},
                 "observed_data": {"x": cells.dense()},
                 "constant_data": {"dose": cells.dose.toarray(), "library_size": cells.library_size, "batch_code": cells.batch_codes},
             }
@@ -129,6 +132,11 @@ def to_inference_data(
     names: dict[str, Any] = {k: fit.coords[k] for k in ("gene", "perturbation")} | {"epoch": epochs}
     if cells is not None:
         names["cell"] = list(cells.cells)
+    if hasattr(fit.model, "edge_index"):
+        names["edge"] = [f"{j}->{k}" for j, k in fit.model.edge_index.T.tolist()]  # type: ignore[operator]
+    for taken in {d for ds in all_dims.values() for d in ds} & set(groups["posterior"]):  # a site of its dimension's name
+        all_dims = {k: tuple(f"{d}_name" if d == taken else d for d in ds) for k, ds in all_dims.items()}
+        names |= {f"{taken}_name": names[taken]} if taken in names else {}
     note = {"sampler": "independent draws from the guide", "inference_library": "pyrocausal"}
     datasets = {g: _dataset(g, variables, fixed, all_dims, names, note) for g, variables in groups.items()}
     return _bundle(datasets)
@@ -138,6 +146,33 @@ def global_draws(fit: Fit, draws: int) -> dict[str, np.ndarray]:
     """Posterior draws of the latent sites outside the plate over cells, [draws, ...event]; consumes the current random state."""
     drawn = _global_draws(fit.guide, fit.reference.to(_device(fit)).rows([0]), draws, _vectorises(fit))
     return {k: v.cpu().numpy() for k, v in drawn.items()}
+
+
+def deterministic_tables(fit: Fit, sampled: dict[str, np.ndarray], draws: int) -> dict[str, np.ndarray]:
+    """Deterministic sites among ``mask``, ``effect``, ``penetrance`` and ``graph`` that depend on no cell, [draws, ...event].
+
+    Args:
+        sampled: draws of the latent sites, of :func:`global_draws`, that they follow from. What follows from none of them is one array,
+            shown ``draws`` times.
+    """
+    device = _device(fit)
+    example = fit.reference.to(device).rows([0])
+    vectorised = _vectorises(fit)
+    parts: dict[str, list[np.ndarray]] = {}
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), torch.no_grad():
+        for start, stop in _chunks(draws if sampled else 1, MAX_ROWS if vectorised else 1):
+            values = {k: torch.as_tensor(v[start:stop], device=device) for k, v in sampled.items()}
+            values = {k: v[:, None, None] if vectorised else v[0] for k, v in values.items()}
+            base = _run_base(fit.model, values, example, stop - start if vectorised else None)
+            for name in ("mask", "effect", "penetrance", "graph"):
+                site = base.trace.nodes.get(name)
+                if site is None or not _deterministic(site) or any(f.name == "cell" for f in site["cond_indep_stack"]):
+                    continue
+                value = site["value"]
+                event = value.shape[value.dim() - len(RESERVED_DIMS[name]) :]
+                rows = value.reshape(-1, *event).cpu().numpy()
+                parts.setdefault(name, []).append(np.broadcast_to(rows, (stop - start if sampled else draws, *event)))
+    return {name: rows[0] if len(rows) == 1 else np.concatenate(rows) for name, rows in parts.items()}
 
 
 def log_likelihood(fit: Fit, cells: PerturbationData, tables: dict[str, np.ndarray], particles: int = 10) -> np.ndarray:
@@ -181,50 +216,68 @@ def iwelbo(fit: Fit, data: PerturbationData, particles: int = 100, seed: int = 0
 
 
 def to_networkx(
-    fit: Fit, draws: int = 300, *, threshold: float = 0.5, minimum: float = 0.1, n_genes: int = 15, seed: int = 0
+    fit: Fit,
+    draws: int = 300,
+    *,
+    threshold: float = 0.5,
+    minimum: float = 0.1,
+    minimum_edge: float = 0.1,
+    n_genes: int = 15,
+    seed: int = 0,
 ) -> nx.DiGraph:
-    """The fitted mechanism as a graph: perturbation -> program -> gene.
+    """The fitted mechanism as a graph: perturbation -> program -> program -> gene.
 
     Args:
         threshold: least posterior probability of an edge that is kept.
         minimum: least size of a program's effect on a gene, in the unit of the edge, that counts as an effect.
+        minimum_edge: least size of the weight between two programs that counts as an edge, where no site ``edge`` says whether it is one.
         n_genes: most genes per program.
 
     Returns:
         ``nx.DiGraph`` whose nodes have ``kind`` (``perturbation``, ``program``, ``gene``; programs are named ``program 3``) and whose
         edges have
 
-        - perturbation -> program: ``probability`` of being a target (of a sampled ``mask``; otherwise, that the sign is the majority's),
+        - perturbation -> program: ``probability`` of being a target (the mean of ``mask``; without one, that the sign is the majority's),
           ``mean``, ``lower``, ``upper`` (90 % interval) of ``mask * effect``, in basal standard deviations;
+        - program -> program, of a model with a ``graph``: ``probability`` that the edge is there (that the site ``edge`` is on, if there is
+          one; otherwise that the weight exceeds ``minimum_edge`` in size), ``mean``, ``lower``, ``upper`` of the weight;
         - program -> gene: the change of the gene when the program rises by one standard deviation in untreated cells, ``mean``, ``lower``,
-          ``upper`` over draws, ``probability`` that it exceeds ``minimum`` in size; in ``graph.graph["unit"]``.
+          ``upper`` over draws, ``probability`` that it exceeds ``minimum`` in size; in ``graph.graph["unit"]``. With a ``graph`` it is the
+          direct effect, what goes through other programs is left to their edges.
     """
     unit = _unit(fit, None)
+    out = nx.DiGraph(unit=unit, threshold=threshold, minimum=minimum)
+    out.add_nodes_from(fit.coords["perturbation"], kind="perturbation")
     with _seeded(seed, fit):
         tables = global_draws(fit, draws)
+        tables |= deterministic_tables(fit, tables, draws)
         if "effect" not in tables:
             raise InterventionError("the model samples no 'effect', so there are no edges from perturbations to programs to draw")
-        loadings = _loadings(fit, min(draws, 100), unit)  # [draws, D, G]
-    moved = tables["effect"] * tables.get("mask", 1.0)
-    sign = np.maximum((moved > 0).mean(0), (moved < 0).mean(0))
-    probability = tables["mask"].mean(0) if "mask" in tables else sign
-    graph = nx.DiGraph(unit=unit, threshold=threshold, minimum=minimum)
-    graph.add_nodes_from(fit.coords["perturbation"], kind="perturbation")
-    for p, d in zip(*np.nonzero(probability >= threshold), strict=True):
-        program = f"program {d}"
-        graph.add_node(program, kind="program")
-        graph.add_edge(fit.coords["perturbation"][p], program, probability=float(probability[p, d]), **_summary(moved[:, p, d]))
-    for program in [n for n, kind in graph.nodes("kind") if kind == "program"]:
-        d = int(program.split()[1])
-        mean = loadings[:, d].mean(0)
-        sizes = (np.abs(loadings[:, d]) > minimum).mean(0)
+        moved = tables["effect"] * tables.get("mask", 1.0)
+        sign = np.maximum((moved > 0).mean(0), (moved < 0).mean(0))
+        probability = tables["mask"].mean(0) if "mask" in tables else sign
+        for p, d in zip(*np.nonzero(probability >= threshold), strict=True):
+            out.add_node(f"program {d}", kind="program")
+            summary = _summary(moved[:, p, d])
+            out.add_edge(fit.coords["perturbation"][p], f"program {d}", probability=float(probability[p, d]), **summary)
+        if "graph" in tables:
+            out.graph["minimum_edge"] = minimum_edge
+            on = _edge_probability(fit, tables, minimum_edge)
+            for j, k in zip(*np.nonzero(on >= threshold), strict=True):
+                out.add_nodes_from([f"program {j}", f"program {k}"], kind="program")
+                out.add_edge(f"program {j}", f"program {k}", probability=float(on[j, k]), **_summary(tables["graph"][:, j, k]))
+        programs = sorted(int(n.split()[1]) for n, kind in out.nodes("kind") if kind == "program")
+        loadings = _loadings(fit, min(draws, 100), unit, programs)  # [draws, programs, G]
+    for i, d in enumerate(programs):
+        mean = loadings[:, i].mean(0)
+        sizes = (np.abs(loadings[:, i]) > minimum).mean(0)
         for g in np.argsort(-np.abs(mean))[:n_genes]:
             if sizes[g] >= threshold:
                 gene = fit.coords["gene"][g]
                 name = gene if gene not in fit.coords["perturbation"] else f"{gene} (gene)"
-                graph.add_node(name, kind="gene")
-                graph.add_edge(program, name, probability=float(sizes[g]), **_summary(loadings[:, d, g]))
-    return graph
+                out.add_node(name, kind="gene")
+                out.add_edge(f"program {d}", name, probability=float(sizes[g]), **_summary(loadings[:, i, g]))
+    return out
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------
@@ -290,21 +343,40 @@ def _states(fit: Fit, cells: PerturbationData, draws: int, tables: dict[str, np.
     return out
 
 
-def _loadings(fit: Fit, draws: int, unit: str) -> np.ndarray:
-    """Change of each gene when each program rises by one basal standard deviation in untreated cells, [draws, n_latent, n_genes]."""
+def _edge_probability(fit: Fit, tables: dict[str, np.ndarray], minimum_edge: float) -> np.ndarray:
+    """Posterior probability of each edge between programs, [D, D]."""
+    graph = tables["graph"]
+    if "edge" not in tables:
+        return (np.abs(graph) > minimum_edge).mean(0)
+    on, index = tables["edge"], getattr(fit.model, "edge_index", None)
+    if index is not None and on.shape[1:] == index.shape[1:]:
+        j, k = index.cpu().numpy()
+        on = on * (graph[:, j, k] != 0)  # an edge against a learned order is none
+        out = np.zeros(graph.shape[1:])
+        out[j, k] = on.mean(0)
+        return out
+    return (graph != 0).mean(0)
+
+
+def _loadings(fit: Fit, draws: int, unit: str, programs: list[int]) -> np.ndarray:
+    """Change of each gene when each program rises by one basal standard deviation in untreated cells, [draws, programs, n_genes]: the
+    program alone if the model has a graph, whose edges say what follows."""
     vectorised = _vectorises(fit)
+    n_cells, size = 32, 16
     parts = []
-    for start, stop in _chunks(draws, 16 if vectorised else 1):
-        base = _fresh(fit, stop - start if vectorised else None, 32)
+    for start, stop in _chunks(draws, size if vectorised else 1):
+        base = _fresh(fit, stop - start if vectorised else None, n_cells)
         if "shift" not in base.trace.nodes:
             raise InterventionError("the model has no site 'shift', so its programs cannot be moved; declare it as a deterministic site")
-        value = base.trace.nodes["shift"]["value"]
-        steps = torch.eye(value.shape[-1], device=value.device)[:, None]  # [D, 1, D]
-        groups = [steps] if vectorised else list(steps[:, None])
-        laws = [law_under(fit.model, base, {"shift": value + step}, len(step), strict=False) for step in groups]
-        moved = torch.cat([law.mean.reshape(stop - start, -1, 32, law.mean.shape[-1]) for law in laws], 1)
-        before = base.law.mean.reshape(stop - start, 1, 32, -1)
-        parts.append(_population(moved, base.batch, unit) - _population(before, base.batch, unit))
+        site = "u" if {"graph", "u"} <= set(base.trace.nodes) else "shift"
+        value = base.trace.nodes[site]["value"]
+        steps = torch.eye(value.shape[-1], device=value.device, dtype=value.dtype)[programs, None]  # [programs, 1, D]
+        before = _population(base.law.mean.reshape(stop - start, 1, n_cells, -1), base.batch, unit)
+        moved = [np.empty((stop - start, 0, before.shape[-1]), before.dtype)]
+        for low, high in _chunks(len(programs), MAX_ROWS // (size * n_cells) if vectorised else 1):
+            law = law_under(fit.model, base, {site: value + steps[low:high]}, high - low, strict=False)
+            moved.append(_population(law.mean.reshape(stop - start, high - low, n_cells, -1), base.batch, unit))
+        parts.append(np.concatenate(moved, 1) - before)
     return np.concatenate(parts)
 
 

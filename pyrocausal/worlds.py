@@ -22,10 +22,12 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
+from pyrocausal.compile_sites import TABLES, as_table, compile_shift, compile_sites
 from pyrocausal.elbo import _deterministic
 from pyrocausal.errors import ContractError, InterventionError
-from pyrocausal.interventions import Intervention, compile_sites
+from pyrocausal.interventions import Intervention
 from pyrocausal.loading import Batch
+from pyrocausal.soft import Change, Soft
 
 MAX_ROWS = 4096  # cells x draws x interventions that go through the model at once
 
@@ -209,48 +211,60 @@ def intervened_law(
     Returns:
         ``(law, same)``: ``same`` [S or 1, K, n] is true for cells whose intervened sites have the very values of the base world.
     """
-    given = {k: v for k, v in base.values.items() if k in ("mask", "effect")}
-    sites = [n for n, s in base.trace.nodes.items() if s["type"] == "sample" and (n in given or n not in ("mask", "effect"))]
-    values = compile_sites(interventions, perturbations, base.batch.dose, given, sites, base.uniform)
-    law = law_under(model, base, values, len(interventions), strict)
+    sites = {name: s["value"] for name, s in base.trace.nodes.items() if s["type"] == "sample" and not (name == "mask" and _targetless(s))}
+    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform)
+    by = compile_shift(interventions, sites, sites)
+    law = law_under(model, base, values, len(interventions), strict, by)
     same = (values["dose"] == base.batch.dose).all(-1)
     for name in values.keys() - {"dose"}:
-        before = base.trace.nodes[name]["value"]
-        before = before[None, None] if name in given and before.dim() == 2 else before
-        equal = (values[name] == before).all(-1)
-        same = same & (equal.all(-1) if name in given else equal)
+        before = as_table(sites[name]) if name in TABLES else sites[name]
+        equal = (values[name] == before) | (values[name].isnan() & before.isnan())
+        same = same & (equal.all(-1).all(-1) if name in TABLES else equal.all(-1))
+    if by is not None:
+        same = same & (by == 0).all(-1)
     return law, same
 
 
-def law_under(model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool) -> Any:
-    """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds.
+def _targetless(mask: Any) -> bool:
+    """Whether a mask that is not sampled names no targets to flip: all ones (a dense model), or soft."""
+    return _deterministic(mask) and (bool((mask["value"] == 1).all()) or bool(((mask["value"] != 0) & (mask["value"] != 1)).any()))
+
+
+def law_under(
+    model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool, by: Tensor | None = None
+) -> Any:
+    """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds, and
+    ``by`` [K, 1, D] is added to ``shift``.
 
     Draw by draw the model sees the shapes that it was written for: one world, no plates around it.
     """
     if base.draws is None:
         assert n_worlds == 1
-        values = {k: v[0, 0] if k in ("mask", "effect") else v[0] for k, v in values.items()}
-        with torch.no_grad(), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
-            pyro.do(model, data=values)(base.batch)
-        law = tracer.trace.nodes["x"]["fn"]
-        return law.expand((1, *law.batch_shape))
-    with torch.no_grad(), _plates(base.draws, n_worlds), poutine.trace() as tracer, _Quiet(), Twin(base, strict):
-        pyro.do(model, data=values)(base.batch)
-    return tracer.trace.nodes["x"]["fn"]
+        values = {k: v[0, 0] if k in (*TABLES, "clamp") and v.shape[1] == 1 else v[0] for k, v in values.items()}
+        by = None if by is None else by[0]
+    intervened = pyro.do(model, data=values)
+    if by is not None:
+        intervened = Soft(Change("shift", plus=by))(intervened)
+    plates = _plates(base.draws, None if base.draws is None else n_worlds)
+    with torch.no_grad(), plates, poutine.trace() as tracer, _Quiet(), Twin(base, strict):
+        intervened(base.batch)
+    law = tracer.trace.nodes["x"]["fn"]
+    return law.expand((1, *law.batch_shape)) if base.draws is None else law
 
 
 def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Batch, perturbations: Sequence[str]) -> bool:
-    """Whether the pair broadcasts over draws: two draws at once equal the same two draws one by one."""
-    acts = [Intervention(doses=()), Intervention(doses=((perturbations[0], 1.0),))]
+    """Whether the pair broadcasts over draws: two draws at once equal the same two draws one by one, under acts of every kind."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(0)
         try:
             base = factual_base(model, guide, example, 2)
+            acts = _trial_acts(base, perturbations)
             law, _ = intervened_law(model, base, acts, perturbations, strict=False)
-            if law.batch_shape != (2, 2, len(example)):
+            if law.batch_shape != (2, len(acts), len(example)):
                 return False
+            local = {n for n in base.values if any(f.name == "cell" for f in base.trace.nodes[n]["cond_indep_stack"])}
             for s in range(2):
-                values = {k: v[s].reshape(v.shape[2:]) if v.shape[2] != 1 or v.dim() == 4 else v[s, 0, 0] for k, v in base.values.items()}
+                values = {k: v[s].reshape(v.shape[2:]) if k in local else v[s, 0, 0] for k, v in base.values.items()}
                 one = _run_base(model, values, example, None)
                 for k, act in enumerate(acts):
                     single, _ = intervened_law(model, one, [act], perturbations, strict=False)
@@ -259,3 +273,15 @@ def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Ba
         except (RuntimeError, ValueError, IndexError, NotImplementedError):
             return False
     return True
+
+
+def _trial_acts(base: Base, perturbations: Sequence[str]) -> list[Intervention]:
+    """An act of each kind that sets sites of other shapes: doses, a clamp, an edge."""
+    acts = [Intervention(doses=()), Intervention(doses=((perturbations[0], 1.0),))]
+    if "clamp" in base.trace.nodes:
+        acts.append(Intervention(clamps=((0, 1.0),)))
+    if "graph" in base.trace.nodes:
+        graph = base.trace.nodes["graph"]["value"]
+        edges = (graph != 0).reshape(-1, *graph.shape[-2:]).all(0).nonzero().tolist()
+        acts += [Intervention(edges=(((a, b), 0.5),)) for a, b in edges[:1]]
+    return acts

@@ -99,6 +99,7 @@ def test_check_model_says_what_is_identified_and_whether_it_collapsed() -> None:
     model, guide = pc.build("sccvae", data, n_latent=4, n_hidden=8)
     report = pc.check_model(model, guide, data)
     assert report and any("edge questions: not identified" in m for m in report.about("warning"))
+    assert not any("no names" in m for m in report.about("warning"))  # factors have no dimension to name
     assert any("shift questions: identified" in m for m in report.about("note")) and "collapse" not in str(report)
     assert "collapse:" in str(pc.check_model(model, guide, data, fitted=True))
 

@@ -244,6 +244,14 @@ def test_programs_are_affine_in_dose_and_penetrance_under_linear_equations(fitte
     assert torch.equal(zero, base)  # no penetrance, no shift: the very same programs
 
 
+def test_a_perturbation_without_its_target_does_nothing(data: pc.PerturbationData) -> None:
+    fit = pc.fit(*pc.build("sccvae", data, n_latent=4, n_hidden=16), data, max_epochs=15, batch_size=32)
+    target = int(fit.guide.table.logits[0].argmax())
+    effect = pc.effects(fit, pc.perturb("A") & pc.flip_target("A", target), draws=1, cells=8)["effect"]
+    plain = pc.effects(fit, "A", draws=1, cells=8)["effect"]
+    assert float(abs(effect).max()) < 1e-5 < 0.2 < float(abs(plain).max())
+
+
 def test_no_graph_leaves_the_shifted_state(data: pc.PerturbationData) -> None:
     model, guide = pc.build("sccvae", data, n_latent=4, graph="none", n_hidden=16)
     batch = data.batch([0, 70, 130])
