@@ -72,7 +72,7 @@ nx.draw(
 )
 label = {(a, b): f"{e['mean']:.2f} ({truth['graph'][int(a.split()[1]), int(b.split()[1])]:.2f})" for a, b, e in network.edges(data=True)}
 nx.draw_networkx_edge_labels(network, place, label, ax=ax, font_size=8)
-ax.set_title(f"{network.number_of_edges()} edges found, {int((truth['graph'] != 0).sum())} true", fontsize=10, loc="left")
+_ = ax.set_title(f"{network.number_of_edges()} edges found, {int((truth['graph'] != 0).sum())} true", fontsize=10, loc="left")
 
 # %% [markdown]
 # ## Perturbations that no cell received
@@ -106,7 +106,7 @@ response = pc.dose_response(fit, strong, np.linspace(0, 2, 9))
 at_one = response["effect"].sel(perturbation=strong, dose=1.0).median("draw")
 genes = [str(g) for g in abs(at_one).sortby(abs(at_one), ascending=False)["gene"].values[[0, 20, 40]]]
 fig, ax = plt.subplots(figsize=(5.4, 3.4), layout="constrained")
-plots.dose_curves(response, strong, genes, evaluate.measured_effects(train), ax=ax)
+_ = plots.dose_curves(response, strong, genes, evaluate.measured_effects(train), ax=ax)
 
 # %% [markdown]
 # ## Hard interventions on programs
@@ -121,7 +121,7 @@ expected = 2.0 * total[0] @ adata.varm["loadings"].T
 fig, ax = plt.subplots(figsize=(3.6, 3.4), layout="constrained")
 ax.plot(expected, clamped.median("draw"), "o", ms=3)
 ax.axline((0, 0), slope=1, color="0.6", lw=0.8)
-ax.set(xlabel="true effect of do(program 0 = 2)", ylabel="the model's")
+_ = ax.set(xlabel="true effect of do(program 0 = 2)", ylabel="the model's")
 
 # %% [markdown]
 # ## When nothing pins the programs
