@@ -142,6 +142,7 @@ class SCCVAE(PyroModule):
         self.table = TargetTable(n_perturbations, n_latent, given)
         learned = isinstance(graph, str) and graph == "free"
         self.edges = EdgePosterior(edge_index(allowed_edges(n_latent, graph)), n_latent, edge_prior, learned)
+        self.learning_rates = {"edge_logits": 10.0} if edge_prior == "spike_slab" else {}  # slow at the networks' own rate
         self.standardise = Standardise(n_genes, log=likelihood != "gaussian")
         self.encoder = Encoder(n_genes + (n_batches if n_batches > 1 else 0), n_latent, n_hidden, encoder_layers)
         self.register_buffer("moment", torch.zeros(n_latent))  # sum of E[z^2] over the epoch's cells

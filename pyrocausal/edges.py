@@ -147,10 +147,8 @@ class EdgePosterior(nn.Module):
 
     @torch.no_grad()
     def probability(self, minimum: float = 0.05) -> Tensor:
-        """Posterior probability that an edge is there (``spike_slab``) or larger than ``minimum`` in size, [D, D]."""
-        if self.prior == "spike_slab":
-            on = self.edge_logits.sigmoid()
-        else:
-            law = torch.distributions.Normal(self.weight, self.log_scale.exp())
-            on = 1 - law.cdf(self.weight.new_tensor(minimum)) + law.cdf(self.weight.new_tensor(-minimum))
-        return assemble(on, self.index, self.n_latent, self.priority)
+        """Posterior probability that an edge is there and larger than ``minimum`` in size, [D, D]."""
+        law = torch.distributions.Normal(self.weight, self.log_scale.exp())
+        large = 1 - law.cdf(self.weight.new_tensor(minimum)) + law.cdf(self.weight.new_tensor(-minimum))
+        on = self.edge_logits.sigmoid() if self.prior == "spike_slab" else torch.ones_like(large)
+        return assemble(large * on, self.index, self.n_latent, self.priority)

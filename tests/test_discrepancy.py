@@ -123,6 +123,15 @@ def test_float32_keeps_its_digits_where_cells_share_a_large_mean() -> None:
     assert (plain / squared_distances(x, y) - 1).abs().max() > 0.01  # what the common point is for
 
 
+def test_cells_that_coincide_are_at_distance_zero() -> None:
+    """Not at the rounding of their norms, whose root would be .01 here and more."""
+    for seed in range(5):
+        x, y = samples(seed, 32, 19, 3000, torch.float32)
+        y[:5] = x[:5]
+        found = squared_distances(x, y)
+        assert (found.diagonal()[:5] == 0).all() and (found == 0).sum() == 5
+
+
 def test_training_bandwidths() -> None:
     assert TRAINING_BANDWIDTHS[0] == 31.25 and TRAINING_BANDWIDTHS[-1] == 16000 and len(TRAINING_BANDWIDTHS) == 10
     assert all(b == 2 * a for a, b in itertools.pairwise(TRAINING_BANDWIDTHS))
