@@ -8,8 +8,7 @@ freed, as in any step of a model: before that the C library hands every few MiB 
 
 - discrepancy: V-statistic of 32 v 32 cells, ten bandwidths, forward and backward to the generated cells, against the differences of all
   pairs written out, [64, 64, n_genes];
-- graph: ``u = e (I - A)^-1`` for 512 nodes and 32 cells, a unit-triangular solve against the dense inverse;
-- step: the whole published SCCVAE (hidden layers of 1,024), loss, gradients and Adam, against itself with the two straightforward versions.
+- graph: ``u = e (I - A)^-1`` for 512 nodes and 32 cells, a unit-triangular solve against the dense inverse.
 """
 
 from __future__ import annotations

@@ -307,3 +307,28 @@ def test_closed_form_of_target_and_penetrance_is_the_exact_posterior() -> None:
     torch.testing.assert_close(table.logits.softmax(-1)[0], expected, rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(table.loc[0], torch.stack(means), rtol=1e-8, atol=1e-8)
     torch.testing.assert_close(table.scale[0], torch.stack(deviations), rtol=1e-8, atol=1e-8)
+
+
+# -- the toy of the discrepancy VAE ------------------------------------------------------------------------------------------------
+
+
+def test_the_chain_is_found_and_pairs_follow() -> None:
+    """One row of ``benchmarks/sccvae.py chain``; the published fit of the toy has three wrong edges."""
+    from pyrocausal import simulate_graph
+    from pyrocausal.discrepancy import TRAINING_BANDWIDTHS, mmd
+
+    adata = simulate_graph.chain_screen()
+    data = pc.PerturbationData.from_anndata(adata, kind="normalised")
+    settings = {"equations": "relu", "decoder": "linear", "noise_floor": 0.3, "encoder_layers": 0, "targets": np.eye(5)}
+    model, guide = pc.build("sccvae", data, n_latent=5, **settings)
+    train = data[(adata.obs["split"] == "train").to_numpy()]
+    fit = pc.fit(model, guide, train, max_epochs=180, batch_size=512, lr=0.02, kl_warmup=0.0)
+    found, true = guide.edges.mean().numpy(), adata.uns["truth"]["graph"]
+    assert ((np.abs(found) > 0.3) == (true != 0)).all()
+    assert found[true != 0].min() >= 0.85 and found[true != 0].max() <= 1.05 and np.abs(found[true == 0]).max() <= 0.12
+    assert np.abs(guide.table.loc.numpy()[np.eye(5) > 0] - 5).max() < 0.5  # within 10 %
+    for label, published in (("pert2", 0.038), ("pert0+pert3", 0.087)):
+        real = torch.as_tensor(data.select(label)[:256].dense())
+        fake = pc.interventional(fit, label, draws=1, cells=256, noise="independent")["expression"].to_numpy()[0, 0]
+        assert float(mmd(torch.as_tensor(fake), real, TRAINING_BANDWIDTHS, unbiased=False)) < published
+    assert pc.identifiability(fit)["edge"].status == "up to permutation and scale"
