@@ -10,7 +10,7 @@ likelihood, and keeps targets and penetrances in closed form::
       mu_pk           = s_pk^2 (r_pk + m_k/tau_k^2)
       log q(t_p = k)  = log softmax(W e_p + w)_k + log(s_pk/tau_k) + mu_pk^2 / (2 s_pk^2) - m_k^2 / (2 tau_k^2) + const
       q(c_p | t_p=k)  = Normal(mu_pk, s_pk^2)
-    q(A)              Normal per edge
+    q(A), q(h)        Normal per edge, and per perturbation
 
 A perturbation without cells has ``q(t, c) = p(t, c)``: the network's guess from its embedding, and the prior penetrance (zero-shot).
 
@@ -19,7 +19,7 @@ A perturbation without cells has ``q(t, c) = p(t, c)``: the network's guess from
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pyro
@@ -131,6 +131,7 @@ class SCCVAE(PyroModule):
         edge_prior: EdgePrior = "laplace",
         equations: Equations = "linear",
         likelihood: LikelihoodName = "negative_binomial",
+        own_genes: Sequence[int] | None = None,
         n_hidden: int = 128,
         encoder_layers: int = 2,
         n_batches: int = 1,
@@ -142,6 +143,9 @@ class SCCVAE(PyroModule):
         self.table = TargetTable(n_perturbations, n_latent, given)
         learned = isinstance(graph, str) and graph == "free"
         self.edges = EdgePosterior(edge_index(allowed_edges(n_latent, graph)), n_latent, edge_prior, learned)
+        self.has_own = any(g >= 0 for g in own_genes or ())
+        self.own_loc = nn.Parameter(torch.zeros(n_perturbations), requires_grad=self.has_own)
+        self.own_log_scale = nn.Parameter(torch.full((n_perturbations,), -1.0), requires_grad=self.has_own)
         self.learning_rates = {"edge_logits": 10.0} if edge_prior == "spike_slab" else {}  # slow at the networks' own rate
         self.standardise = Standardise(n_genes, log=likelihood != "gaussian")
         self.encoder = Encoder(n_genes + (n_batches if n_batches > 1 else 0), n_latent, n_hidden, encoder_layers)
@@ -156,6 +160,8 @@ class SCCVAE(PyroModule):
             t = pyro.sample("mask", dist.OneHotCategorical(logits=table.logits).to_event(1))
         c = pyro.sample("penetrance", dist.Normal((t * table.loc).sum(-1), (t * table.scale).sum(-1)).to_event(1))
         A, order = self.edges()
+        if self.has_own:
+            pyro.sample("own_effect", dist.Normal(self.own_loc, self.own_log_scale.exp()).to_event(1))
         if batch.x is None:
             return
         with batch.cells():
@@ -211,8 +217,11 @@ class SCCVAE(PyroModule):
     def absorb(self, model: Any, cells: Iterable[Batch], known: Tensor, sweeps: int) -> None:
         """Fold in cells of perturbations without any so far; rows that are ``known`` [P] stay as they are."""
         table, link = self.table, LINKS[self.equations]
+        seen = torch.zeros(3, len(known), dtype=table.loc.dtype, device=table.loc.device)
         for batch in cells:
             a, v = self.encode(batch)
+            if self.has_own:
+                seen += _own_gene_totals(model, batch, a)
             u = a if self.equations == "linear" else a + v * torch.randn_like(v)
             table.gram += batch.dose.T @ batch.dose
             table.cross += batch.dose.T @ u
@@ -224,6 +233,29 @@ class SCCVAE(PyroModule):
             for k, before in frozen.items():
                 rows = known.reshape(-1, *([1] * (before.dim() - 1)))
                 getattr(table, k).copy_(torch.where(rows, before, getattr(table, k)))
+        if self.has_own:
+            self._absorb_own(model, seen, (seen[0] > 0) & ~known)
+
+    @torch.no_grad()
+    def _absorb_own(self, model: Any, seen: Tensor, new: Tensor) -> None:
+        """q(h) of new perturbations from their cells' own genes: the normal posterior of what is measured there against what is expected.
+
+        Counts: ``log(observed / expected)`` of the totals, with the variance of an overdispersed count; otherwise the mean residual.
+        """
+        n, observed, expected = seen
+        m, s = model.own_loc, model.own_log_scale.exp()
+        gene = torch.zeros_like(new, dtype=torch.int64)
+        gene[model.own[0]] = model.own[1]
+        if model.likelihood.is_counts:
+            found = ((observed + 0.5) / (expected + 0.5)).log()
+            theta = model.likelihood.log_theta.exp()[gene] if model.likelihood.name == "negative_binomial" else torch.inf
+            variance = 1 / (observed + 0.5) + 1 / (n.clamp_min(1) * theta)
+        else:
+            found = (observed - expected) / n.clamp_min(1)
+            variance = (model.likelihood.floor + model.likelihood.log_sigma.exp())[gene] ** 2 / n.clamp_min(1)
+        precision = 1 / variance + s**-2
+        self.own_loc.copy_(torch.where(new, (found / variance + m / s**2) / precision, self.own_loc))
+        self.own_log_scale.copy_(torch.where(new, -0.5 * precision.log(), self.own_log_scale))
 
     @torch.no_grad()
     def rescale(self, model: Any, s: Tensor) -> None:
@@ -316,6 +348,21 @@ def moment_start(guide: SCCVAE, model: Any, x: Tensor, dose: Tensor, library_siz
     linear.weight[:, : read.shape[1]] = inverse
     linear.bias.copy_(-(inverse @ h[control].mean(0)))
     guide.table.loc.fill_(START)
+
+
+def _own_gene_totals(model: Any, batch: Batch, a: Tensor) -> Tensor:
+    """Of the cells of each perturbation: how many, and their own gene's observed and expected total without its own effect, [3, P]."""
+    assert batch.x is not None
+    eta = model.decoder(a)
+    if len(model.batch_offset) > 1:
+        eta = eta + model.batch_offset[batch.batch_code]
+    perturbation, gene = model.own
+    dose = batch.dose[:, perturbation]
+    expected = model.likelihood.mean(eta, batch.library_size)
+    out = torch.zeros(3, batch.dose.shape[1], dtype=a.dtype, device=a.device)
+    for row, value in zip(out, (torch.ones_like(dose), batch.x[:, gene], expected[:, gene]), strict=True):
+        row[perturbation] = (dose * value).sum(0)
+    return out
 
 
 def _grouped(guide: SCCVAE, response: Tensor, n_latent: int) -> tuple[Tensor, Tensor]:

@@ -11,13 +11,16 @@ done to are the same model without a shift. :class:`SCCVAE` is the model that th
     z_n   ~ Normal(0, I_D)                                 exogenous state of cell n
     S_n   = sum_p dose_np c_p t_p
     u_nk  = z_nk + S_nk + sum_j f(u_nj) A_jk               f = identity, relu or softplus
-    x_n   ~ NB(mean = library_n softmax(d(u_n)), theta)    or Poisson, or Normal(d(u_n), sigma^2)
+    h_p   ~ Normal(m_h, s_h^2)                             what p does to the transcript of its own gene, where that is measured
+    x_n   ~ NB(mean = library_n softmax(d(u_n) + own_n), theta)     or Poisson, or Normal(d(u_n) + own_n, sigma^2);
+            own_ng = sum_p dose_np h_p 1[g is the gene of p]
 
 =================  ===============  =============  =====================================================================
 site               shape            kind           meaning
 =================  ===============  =============  =====================================================================
 ``mask``           [P, D]           sample         t, the target of each perturbation (deterministic if it is given)
 ``penetrance``     [P]              sample         c, in standard deviations of the exogenous state
+``own_effect``     [P]              sample         h, on the scale of the decoder's output; only if some p has its gene measured
 ``effect``         [P, D]           deterministic  c_p in every column, so that ``mask * effect`` is the shift of p
 ``graph_weight``   [E]              sample         weight of each possible edge (and ``edge``, ``graph_scale``, ``priority``)
 ``graph``          [D, D]           deterministic  A
@@ -30,6 +33,9 @@ site               shape            kind           meaning
 ``x``              [n, G]           observed       expression
 ``target_prior``, ``penetrance_prior``  factors    log p(W); log p(m, tau)
 =================  ===============  =============  =====================================================================
+
+A guide acts on its own gene directly (it is cut, or not transcribed), not through a program; without h the programs would have to bend to
+that one gene, and an unseen perturbation would leave its own transcript alone.
 
 A linear map with a prior, not the paper's network: there are as many examples as perturbations, tens to hundreds, and on 48 of them a
 network of two layers memorises (held-out log-probability of the target, 30 simulated screens: -2.1 against -3.9 without a prior).
@@ -55,6 +61,7 @@ by cells x n it is a bound with fixed noise ``sigma = sqrt(G / (2 w n))`` and a 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -88,6 +95,7 @@ class SCCVAE(PyroModule):
         decoder: ``"mlp"``, ``"linear"`` or ``"anchored"``; see :class:`pyrocausal.nn.Loadings`.
         anchors: genes that each program owns, [D, G], for the anchored decoder.
         likelihood: ``"negative_binomial"``, ``"poisson"`` or ``"gaussian"``; ``noise_floor`` bounds sigma from below.
+        own_genes: column of each perturbation's own gene, -1 where it is not measured; ``pc.build`` finds them by name. None: no h.
         n_batches: technical batches; more than one adds an offset per batch and gene.
     """
 
@@ -95,6 +103,7 @@ class SCCVAE(PyroModule):
     embedding_mean: Tensor
     embedding_scale: Tensor
     targets: Tensor | None
+    own: Tensor | None
 
     def __init__(
         self,
@@ -110,6 +119,7 @@ class SCCVAE(PyroModule):
         anchors: Any = None,
         likelihood: LikelihoodName = "negative_binomial",
         noise_floor: float = 0.0,
+        own_genes: Sequence[int] | None = None,
         n_hidden: int = 128,
         n_layers: int = 2,
         n_batches: int = 1,
@@ -133,6 +143,10 @@ class SCCVAE(PyroModule):
             nn.init.zeros_(self.target_encoder.bias)
         self.penetrance_loc = nn.Parameter(torch.zeros(n_latent))
         self.penetrance_log_scale = nn.Parameter(torch.zeros(n_latent))
+        own = [(p, g) for p, g in enumerate(own_genes or ()) if g >= 0]
+        self.register_buffer("own", torch.tensor(own).T.contiguous() if own else None)  # [2, M]: perturbations, their genes
+        self.own_loc = nn.Parameter(torch.zeros(()), requires_grad=bool(own))
+        self.own_log_scale = nn.Parameter(torch.zeros(()), requires_grad=bool(own))
         allowed = allowed_edges(n_latent, graph)
         self.learned_order = isinstance(graph, str) and graph == "free"
         self.register_buffer("edge_index", edge_index(allowed))
@@ -169,6 +183,9 @@ class SCCVAE(PyroModule):
         pyro.factor("penetrance_prior", (-0.5 * (m / 3) ** 2 - 6 * self.penetrance_log_scale - tau**-2).sum())
         effect = pyro.deterministic("effect", c[..., None].expand(*c.shape, n_latent), event_dim=2)
         A, order = sample_graph(self.edge_index, n_latent, self.edge_prior, self.edge_log_scale.exp(), learned_order=self.learned_order)
+        if self.own is not None:
+            law = dist.Normal(self.own_loc.expand(self.shape[:1]), self.own_log_scale.exp()).to_event(1)
+            h = pyro.sample("own_effect", law, infer={"event_dims": ("perturbation",)})
         untouched = torch.full_like(m, math.nan)
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1)
@@ -178,6 +195,8 @@ class SCCVAE(PyroModule):
             clamp = None if clamp is untouched else clamp
             u = pyro.deterministic("u", solve(z + shift, A, self.equations, clamp, order, self.depth), event_dim=1)
             eta = self.decoder(u)
+            if self.own is not None:
+                eta = eta.index_add(-1, self.own[1], (dose * h)[..., self.own[0]])
             if len(self.batch_offset) > 1:
                 eta = eta + self.batch_offset[batch.batch_code]
             x_loc = pyro.deterministic("x_loc", self.likelihood.mean(eta, batch.library_size), event_dim=1)

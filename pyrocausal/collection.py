@@ -66,7 +66,9 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
         raise PyrocausalError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
     likelihood = "negative_binomial" if data.kind == "counts" else "gaussian"
     accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
-    defaults = {k: v for k, v in {"n_batches": len(data.batches), "likelihood": likelihood}.items() if k in accepted}
+    own = [int(g) for g in data.genes.get_indexer(data.perturbations)]
+    defaults = {"n_batches": len(data.batches), "likelihood": likelihood, "own_genes": own if max(own, default=-1) >= 0 else None}
+    defaults = {k: v for k, v in defaults.items() if k in accepted}
     tables = {k: _in_order(k, v, data) for k, v in settings.items()}
     return build_from({"name": name, "arguments": {**defaults, **tables, **data.sizes._asdict()}, "seed": seed})
 
