@@ -166,7 +166,7 @@ def test_layers(path):
 
 # -- what is committed ---------------------------------------------------------------------------------------------------------
 
-MACHINE = re.compile(rb"(?<![\w.])/(?:work|root|opt|home|tmp)/\w", re.IGNORECASE)
+MACHINE = re.compile(rb"(?<![\w.])/(?:work|root|opt|home|tmp)/[\w.]", re.IGNORECASE)
 REGISTRY = re.compile(
     rb"\bpypi\.(?:org|python)|pythonhosted\.org|download\.pytorch\.org|anaconda\.(?:org|com)|--(?:extra-)?index-url", re.I
 )
