@@ -35,7 +35,7 @@ from pyrocausal.likelihood import LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Encoder, Standardise
 from pyrocausal.start import moment_start
-from pyrocausal.structural import LINKS, Equations, allowed_edges, interventional_order, mechanism_shift
+from pyrocausal.structural import LINKS, Equations, allowed_edges, interventional_order, mechanism_shift, topological_order
 
 ORDERED = 0.4  # share of the training after which the order of the programs is final, where it is to be found
 SETTLED = 0.7  # share of the training after which programs are not rescaled any more
@@ -142,7 +142,9 @@ class SCCVAE(PyroModule):
         given = None if targets is None else torch.as_tensor(targets, dtype=torch.get_default_dtype())
         self.table = TargetTable(n_perturbations, n_latent, given)
         learned = isinstance(graph, str) and graph == "free"
-        self.edges = EdgePosterior(edge_index(allowed_edges(n_latent, graph)), n_latent, edge_prior, learned)
+        allowed = allowed_edges(n_latent, graph)
+        self.edges = EdgePosterior(edge_index(allowed), n_latent, edge_prior, learned)
+        self.register_buffer("order", None if learned else torch.tensor(topological_order(allowed)))
         self.has_own = any(g >= 0 for g in own_genes or ())
         self.own_loc = nn.Parameter(torch.zeros(n_perturbations), requires_grad=self.has_own)
         self.own_log_scale = nn.Parameter(torch.full((n_perturbations,), -1.0), requires_grad=self.has_own)
@@ -168,7 +170,7 @@ class SCCVAE(PyroModule):
             a, v = self.encode(batch)
             self.last_programs = batch, a.detach(), v.detach()
             S = mechanism_shift(batch.dose, t * c[..., None])
-            pyro.sample("z", Abducted(a, v, A, S, self.equations, order))
+            pyro.sample("z", Abducted(a, v, A, S, self.equations, self.order if order is None else order))
 
     moment: Tensor
     cells: Tensor

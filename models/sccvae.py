@@ -77,7 +77,7 @@ from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, DecoderKind, Loadings
-from pyrocausal.structural import Equations, allowed_edges, longest_path, mechanism_shift, solve
+from pyrocausal.structural import Equations, allowed_edges, longest_path, mechanism_shift, solve, topological_order
 
 
 class SCCVAE(PyroModule):
@@ -104,6 +104,7 @@ class SCCVAE(PyroModule):
     embedding_scale: Tensor
     targets: Tensor | None
     own: Tensor | None
+    order: Tensor | None
 
     def __init__(
         self,
@@ -151,6 +152,8 @@ class SCCVAE(PyroModule):
         self.learned_order = isinstance(graph, str) and graph == "free"
         self.register_buffer("edge_index", edge_index(allowed))
         self.depth = n_latent - 1 if self.learned_order else longest_path(allowed)
+        backward = bool(allowed.tril().any()) and not self.learned_order  # a given graph whose programs are not numbered causes first
+        self.register_buffer("order", torch.tensor(topological_order(allowed)) if backward else None)
         self.edge_prior = edge_prior
         self.edge_log_scale = nn.Parameter(torch.tensor(-1.0))
         self.equations = equations
@@ -183,6 +186,9 @@ class SCCVAE(PyroModule):
         pyro.factor("penetrance_prior", (-0.5 * (m / 3) ** 2 - 6 * self.penetrance_log_scale - tau**-2).sum())
         effect = pyro.deterministic("effect", c[..., None].expand(*c.shape, n_latent), event_dim=2)
         A, order = sample_graph(self.edge_index, n_latent, self.edge_prior, self.edge_log_scale.exp(), learned_order=self.learned_order)
+        if self.order is not None:
+            order = self.order
+            pyro.deterministic("priority", order.argsort().to(m.dtype), event_dim=1)
         if self.own is not None:
             law = dist.Normal(self.own_loc.expand(self.shape[:1]), self.own_log_scale.exp()).to_event(1)
             h = pyro.sample("own_effect", law, infer={"event_dims": ("perturbation",)})
@@ -235,7 +241,12 @@ class SCCVAEParity(PyroModule):
         super().__init__()
         e = torch.eye(n_perturbations) if embedding is None else torch.as_tensor(embedding, dtype=torch.get_default_dtype())
         self.register_buffer("embedding", e)
-        self.register_buffer("mask", allowed_edges(n_latent, graph).triu(1).to(e.dtype))
+        allowed = allowed_edges(n_latent, graph)
+        if allowed.tril().any():
+            raise ValueError(
+                "the graph has edges against the numbering of the nodes; number them from causes to effects, as the paper does"
+            )
+        self.register_buffer("mask", allowed.to(e.dtype))
         self.answers_unseen = embedding is not None
         self.shape = (n_perturbations, n_latent)
         self.shift_encoder = MLP(e.shape[1], n_latent, n_hidden, 2)

@@ -261,6 +261,32 @@ def test_no_graph_leaves_the_shifted_state(data: pc.PerturbationData) -> None:
     assert pc.fit(model, guide, data, max_epochs=2).history["elbo"].notna().all()
 
 
+@pytest.mark.parametrize("equations", ["linear", "relu"])
+def test_a_given_graph_whose_programs_are_numbered_otherwise(data: pc.PerturbationData, equations: str) -> None:
+    given = np.zeros((4, 4))
+    given[3, 1] = given[1, 0] = given[3, 2] = 1
+    model, guide = pc.build("sccvae", data, n_latent=4, graph=given, equations=equations, n_hidden=16)
+    fit = pc.fit(model, guide, data, max_epochs=20, batch_size=64)
+    assert set(zip(*np.nonzero(guide.edges.mean().numpy()), strict=True)) == {(3, 1), (1, 0), (3, 2)}
+    batch = data.batch([0, 70, 130])
+    with torch.no_grad():
+        guided = poutine.trace(guide).get_trace(batch)
+        nodes = poutine.trace(poutine.replay(model, trace=guided)).get_trace(batch).nodes
+    u, A = nodes["u"]["value"], nodes["graph"]["value"]
+    link = u if equations == "linear" else u.relu()
+    torch.testing.assert_close(u, nodes["z"]["value"] + nodes["shift"]["value"] + link @ A, rtol=1e-4, atol=1e-5)
+    z = nodes["z"]["value"]
+    law = guided.nodes["z"]["fn"]
+    torch.testing.assert_close(law.log_prob(z.clone()), law.log_prob(z), rtol=1e-3, atol=1e-3)
+    down = pc.effects(fit, pc.clamp(0, 5.0), draws=2, cells=8)["effect"]  # program 0 is the last effect
+    assert float(abs(down).max()) > 0
+    assert float(abs(pc.effects(fit, pc.set_edge(3, 0, 1.0), draws=2, cells=8)["effect"]).max()) > 0  # forward in its order
+    with pytest.raises(pc.errors.InterventionError):
+        pc.effects(fit, pc.set_edge(0, 3, 1.0), draws=2, cells=8)
+    with pytest.raises(ValueError, match="against the numbering"):
+        pc.models.SCCVAEParity(12, 4, n_latent=4, graph=given, n_hidden=4)
+
+
 def test_rescaling_the_programs_changes_nothing_but_their_units(fitted: pc.Fit, data: pc.PerturbationData) -> None:
     import copy
 
