@@ -54,6 +54,7 @@ def questions(n: int) -> dict[str, pc.interventions.Intervention]:
 def by_predictive(fit: pc.Fit, acts: dict[str, Any], draws: int, parallel: bool) -> np.ndarray:
     """The same answer by plain Pyro, [K, S, G]: the draws and cells of ``pc.effects(..., seed=0)``, one intervention after the other."""
     with query._seeded(0, fit):
+        query._reseed(0, 0)
         base = query._fresh(fit, draws, CELLS)
     samples = {name: value[:, 0] for name, value in base.values.items()}  # tables [S, 1, P, D], z [S, n, D]
     names = fit.coords["perturbation"]
