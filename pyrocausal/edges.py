@@ -13,9 +13,9 @@ prior            weight of edge i                                               
 
 **Order.** With edges both ways between two programs (:func:`~pyrocausal.structural.allowed_edges`, ``"free"``) a site ``priority`` [D]
 decides: j -> k is there only if ``priority_j < priority_k``, so that every value of it is a graph without cycles (none at all while all are
-equal). The guide sets it from the interventions (:func:`~pyrocausal.structural.interventional_order`). Learning it by gradients, straight
-through or by an annealed relaxation, was tried and is worse than any fixed order: a weight against the order gets no gradient, and
-without weights the order gets none.
+equal). The guide sets it from the interventions (:func:`~pyrocausal.structural.interventional_order`). Learning it by gradients
+was tried and dropped: straight through, a weight against the order gets no gradient, and without weights the order gets none; an annealed
+relaxation had an average precision of .23 and .35 on two simulated screens, where a wrong fixed order had .40 and this one 1.00.
 """
 
 from __future__ import annotations

@@ -177,9 +177,9 @@ def test_machine_paths_are_found(line):
     assert MACHINE.search(line.format("/").encode())  # put together here, so that this file holds none
 
 
-@pytest.mark.parametrize("line", [b"https://github.com/a/work/b", b"../shared/work/x", b"homework/roots"])
+@pytest.mark.parametrize("line", ["https://github.com/a{}work/b", "..{}shared/work/x", "homework{}roots"])
 def test_other_paths_are_not(line):
-    assert not MACHINE.search(line)
+    assert not MACHINE.search(line.format("/").encode())
 
 
 def test_no_machine_path_and_no_registry_is_committed(tracked):
