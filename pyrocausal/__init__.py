@@ -15,6 +15,7 @@ from pyrocausal import errors, simulate
 from pyrocausal.adapt import adapt
 from pyrocausal.auto import auto_guide
 from pyrocausal.check import check_model
+from pyrocausal.clipr import clipr
 from pyrocausal.collapse import collapse
 from pyrocausal.collection import build
 from pyrocausal.data import PerturbationData
@@ -51,6 +52,7 @@ __all__ = [
     "build",
     "check_model",
     "clamp",
+    "clipr",
     "collapse",
     "counterfactual",
     "cut",

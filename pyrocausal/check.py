@@ -206,7 +206,7 @@ def _observation(trace: Any, batch: Batch, n_total: int, findings: list[Finding]
 
 def _latents(modelled: Any, guided: Any, findings: list[Finding]) -> None:
     in_model = {n for n, s in _sample_sites(modelled) if not s["is_observed"] and n != "x"}
-    in_guide = {n for n, _ in _sample_sites(guided)}
+    in_guide = {n for n, s in _sample_sites(guided) if not s["infer"].get("is_auxiliary")}
     for name in sorted(in_model - in_guide):
         findings.append(
             Finding("error", name, f"the model samples {name!r}, but the guide forgets it; add pyro.sample({name!r}, ...) to the guide")

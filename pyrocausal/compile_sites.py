@@ -7,7 +7,7 @@ Every function answers K interventions at once. Values that are set have the wor
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro.poutine as poutine
 import torch
@@ -37,6 +37,7 @@ def compile_sites(
     given: Mapping[str, Tensor],
     sites: Iterable[str],
     uniform: Tensor | None = None,
+    cyclic: bool = False,
 ) -> dict[str, Tensor]:
     """Values for ``pyro.do`` of K interventions at once.
 
@@ -47,6 +48,7 @@ def compile_sites(
             [S, 1, 1, P, D]; of ``clamp`` anything with its last dimension.
         sites: names of the model's sites.
         uniform: uniform numbers [..., n, P] that decide in which cells a perturbation takes, shared by all interventions.
+        cyclic: whether the model allows edges that close a cycle.
 
     Returns:
         ``dose`` [K, n or 1, P] (or [..., K, n, P] with penetrance), and as needed ``hit``, ``clamp`` [K, 1, D] (NaN = untouched), and
@@ -77,7 +79,7 @@ def compile_sites(
         values |= {"hit": hit} if "hit" in sites else {"dose": dose * hit}
     for site, acts in _edits(interventions).items():
         if any(acts):
-            values[site] = _edited(site, acts, code, given, sites)
+            values[site] = _edited(site, acts, code, given, sites, cyclic)
     clamp = _per_program("clamp", [i.clamps for i in interventions], given, sites, float("nan"))
     return values if clamp is None else values | {"clamp": clamp}
 
@@ -118,8 +120,8 @@ def possible_edges(model: Callable[..., Any], batch: Any, globals_: Mapping[str,
 def check_edges(model: Any, interventions: Iterable[Intervention], edges: Tensor) -> None:
     """Refuse to cut an edge that is not among ``edges`` [D, D], and to set one beyond the depth to which the model solves its equations."""
     for intervention in interventions:
-        after = edges.clone()
-        for (a, b), weight in intervention.edges:
+        after, acts = edges.clone(), cast("Iterable[tuple[tuple[int, int], float]]", intervention.edges)
+        for (a, b), weight in acts:
             _in_range(a, len(edges))
             _in_range(b, len(edges))
             if weight == 0 and not edges[a, b]:
@@ -152,7 +154,7 @@ def _edits(interventions: Sequence[Intervention]) -> dict[str, list[Any]]:
     }
 
 
-def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapping[str, Tensor], sites: set[str]) -> Tensor:
+def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapping[str, Tensor], sites: set[str], cyclic: bool) -> Tensor:
     word = {"mask": "flip_target", "effect": "silence", "graph": "cut(...) or set_edge"}[site]
     _needs(site, word, sites)
     if site not in given:
@@ -172,7 +174,7 @@ def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapp
                 _in_range(a, value.shape[-1])
                 _in_range(b, value.shape[-1])
                 out[..., k, :, a, b] = weight
-    if site == "graph":
+    if site == "graph" and not cyclic:
         for k, act in enumerate(acts):
             for (a, b), weight in act:
                 if weight != 0:

@@ -2,7 +2,8 @@
 
 The data identify the law of each world, never the joint law of two worlds, so the coupling is part of the question:
 
-``"shared"``       Gaussian: the residual is kept. Counts: Poisson thinning given the observed counts. With ``x ~ Poisson(lambda)``,
+``"shared"``       Gaussian: the residual is kept. States of a diffusion: both worlds are driven by the same noise. Counts: Poisson
+                   thinning given the observed counts. With ``x ~ Poisson(lambda)``,
                    ``lambda = mu g`` (negative binomial: ``g ~ Gamma(theta, theta)``, abducted as ``g | x ~ Gamma(theta + x, theta + mu)``),
                    ``x' | x ~ Binomial(x, lambda'/lambda)`` if ``lambda' <= lambda``, else
                    ``x + Poisson(lambda' - lambda)``. The law of x' is exact, and a gene whose rate does not change keeps its count.
@@ -46,6 +47,11 @@ def couple(x: Tensor, law: Any, new_law: Any, same: Tensor, noise: Noise) -> Ten
         return torch.where(same[..., None], law.mean, new_law.mean)
     if noise == "independent":
         return new_law.sample()
+    if hasattr(law, "carry"):
+        if noise != "shared":
+            raise InterventionError(f"noise={noise!r} is not known for states of a diffusion; use noise='shared', 'mean' or 'independent'")
+        carried = law.carry(x, new_law).to(x.dtype)
+        return torch.where(same[..., None], x.expand(carried.shape), carried)
     kind = _kind(law)
     changed = [n for n in ("theta", "concentration", "scale") if kind and not _same_parameter(law, new_law, n)]
     if kind is None:

@@ -4,6 +4,7 @@ The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one f
 
 - ``initialise(model, data)``: called once before the first epoch;
 - ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
+- ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point;
 - ``learning_rates``: ``{parameter name: multiple of lr}``.
 
 Every epoch draws its randomness from ``(seed, epoch)`` alone, which is why a resumed run equals the uninterrupted one bit for bit.
@@ -33,7 +34,7 @@ from pyrocausal.checkpoint import State, restore, store
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO, KLWeight
 from pyrocausal.errors import ContractError, DataError
-from pyrocausal.loading import Batch, batches, batches_by_condition
+from pyrocausal.loading import Batch, batches, batches_by_condition, moment_batch
 from pyrocausal.optimiser import learning_rate_factor, learning_rates_of, parameter_groups
 
 History: TypeAlias = pd.DataFrame
@@ -162,11 +163,13 @@ def fit(
             dynamic_ncols=True,
         )
         settled = max(warmup[1], getattr(guide, "settled", 0.0))
+        by_moments = getattr(model, "batching", "cells") == "moments"
+        moments = moment_batch(train, getattr(model, "pooled", True), device=device) if by_moments else None
         try:
             while state.epoch < max_epochs and stopped == "max_epochs":
                 row = _epoch(
                     loss_module, optimiser, base_rates, model, guide, train, held, state.epoch, max_epochs, batch_size, schedule, warmup,
-                    clip_norm, seed, device,
+                    clip_norm, seed, device, moments,
                 )  # fmt: skip
                 state.epoch += 1
                 state.history.append(row)
@@ -184,6 +187,8 @@ def fit(
         bar.close()
         if state.best_state is not None and stopped in ("early", "max_epochs"):
             loss_module.load_state_dict(state.best_state)
+        if stopped != "interrupted" and hasattr(guide, "after_training"):
+            guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
     model.eval()
     guide.eval()
     return Fit(
@@ -248,6 +253,7 @@ def _epoch(
     clip_norm: float | None,
     seed: int,
     device: torch.device,
+    moments: Batch | None = None,
 ) -> dict[str, float]:
     """One pass over the training cells, from randomness that depends on ``(seed, epoch)`` only."""
     start = time.perf_counter()
@@ -255,7 +261,9 @@ def _epoch(
     torch.manual_seed(int(rng.integers(2**62)))
     n = len(train)
     by_condition = getattr(model, "batching", "cells") == "condition"
-    if by_condition:
+    if moments is not None:
+        n_steps, minibatches = 1, iter([moments])
+    elif by_condition:
         n_steps, minibatches = batches_by_condition(train, batch_size, rng, device=device)
     else:
         n_steps, minibatches = max(1, -(-n // batch_size)), batches(train, batch_size, rng.permutation(n), device=device)
@@ -283,9 +291,10 @@ def _epoch(
             optimiser.step()
             if hasattr(guide, "after_step"):
                 guide.after_step(model, batch, done)
-            total -= loss.detach() * len(batch)
+            cells = n if batch.moments is not None else len(batch)
+            total -= loss.detach() * cells
             for name, term in _terms(loss_module).items():
-                sites[name] = sites.get(name, 0) + torch.where(healthy, term, 0.0) * (len(batch) / n)
+                sites[name] = sites.get(name, 0) + torch.where(healthy, term, 0.0) * (cells / n)
             healthy = healthy & loss.detach().isfinite()  # later steps of a lost epoch would blame every site
     if hasattr(guide, "after_epoch"):
         guide.after_epoch(model, (epoch + 1) / max_epochs)

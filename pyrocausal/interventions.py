@@ -22,7 +22,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from numbers import Real
 from typing import Any, TypeVar
@@ -38,7 +38,8 @@ from pyrocausal.compile_sites import check_edges, compile_shift, compile_sites, 
 from pyrocausal.errors import InterventionError, nearest
 from pyrocausal.soft import Change, Soft
 
-Key = TypeVar("Key", str, int, tuple[int, int])
+Node = int | str  # the number of a program, or the name of a gene where the nodes are genes
+Key = TypeVar("Key", str, Node, tuple[Node, Node])
 WORDS = {"knockout": "knockout", "knockdown": "knockdown", "activate": "activation"}  # word -> modality of the screens it fits
 
 
@@ -59,11 +60,11 @@ class Intervention:
 
     doses: tuple[tuple[str, float], ...] | None = None
     penetrances: tuple[tuple[str, float], ...] = ()
-    flips: frozenset[tuple[str, int]] = frozenset()
+    flips: frozenset[tuple[str, Node]] = frozenset()
     silenced: frozenset[str] = frozenset()
-    clamps: tuple[tuple[int, float], ...] = ()
-    edges: tuple[tuple[tuple[int, int], float], ...] = ()
-    shifts: tuple[tuple[int, float], ...] = ()
+    clamps: tuple[tuple[Node, float], ...] = ()
+    edges: tuple[tuple[tuple[Node, Node], float], ...] = ()
+    shifts: tuple[tuple[Node, float], ...] = ()
     words: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __and__(self, other: Intervention) -> Intervention:
@@ -90,11 +91,11 @@ class Intervention:
             parts.append(name + (f" ({', '.join(marks)})" if marks else ""))
         if self.doses == ():
             parts.append("untreated")
-        parts += [f"flip {p} -> {d}" for p, d in sorted(self.flips)]
+        parts += [f"flip {p} -> {d}" for p, d in sorted(self.flips, key=str)]
         parts += [f"silence {p}" for p in sorted(self.silenced)]
-        parts += [f"clamp program {d} at {value}" for d, value in self.clamps]
+        parts += [f"clamp {_said(d)} at {value}" for d, value in self.clamps]
         parts += [f"edge {a} -> {b} at {weight}" if weight else f"cut {a} -> {b}" for (a, b), weight in self.edges]
-        parts += [f"shift program {d} by {by}" for d, by in self.shifts]
+        parts += [f"shift {_said(d)} by {by}" for d, by in self.shifts]
         return " & ".join(parts)
 
     @property
@@ -139,7 +140,10 @@ def silence(name: str) -> Intervention:
 
 
 def clamp(program: int | str, value: float) -> Intervention:
-    """Hold a program (``3`` or ``"program 3"``) at a value: ``do(u_3 = value)``. Nothing acts on it any more; its descendants follow."""
+    """Hold a program (``3`` or ``"program 3"``), or a gene by its name where the model's nodes are genes, at a value: ``do(u_3 = value)``.
+
+    Nothing acts on it any more; its descendants follow.
+    """
     return Intervention(clamps=((_program(program), _finite(value, "clamp", "value")),))
 
 
@@ -257,6 +261,7 @@ def _compiled(
 ) -> tuple[dict[str, Tensor], Tensor | None]:
     """What is set, site name -> value, and what is added to ``shift``, [1, D]."""
     value = parse(intervention, data.separator, data.control) if isinstance(intervention, str) else intervention
+    value = resolve(value, nodes_of(_unwrapped(model)[0], list(data.genes)))
     coords = {"perturbation": list(data.perturbations), "modality": data.modality}
     check([value], coords)
     batch = data.batch([0, 0] if len(data) == 1 else [0, 1])
@@ -265,7 +270,7 @@ def _compiled(
     known = site_values(inner, batch)
     base = batch.dose.new_zeros(1, len(data.perturbations))
     shapes = {name: v for name, v in known.items() if name in ("clamp", "shift")}
-    out = compile_sites([value], coords["perturbation"], base, shapes | given, known)
+    out = compile_sites([value], coords["perturbation"], base, shapes | given, known, cyclic=getattr(inner, "cyclic", False))
     by = compile_shift([value], shapes, known)
     if value.edges:
         edges = possible_edges(inner, batch, {k: v for k, v in given.items() if k == "priority"})
@@ -304,11 +309,58 @@ def _dosed(name: str, dose: float, penetrance: float, words: frozenset[str]) -> 
     return Intervention(doses=((name, float(dose)),), penetrances=((name, float(penetrance)),), words=words)
 
 
-def _program(program: int | str) -> int:
+def resolve(intervention: Intervention, genes: Sequence[str] | None) -> Intervention:
+    """The intervention with numbers in place of the names of genes.
+
+    Args:
+        genes: names of the model's nodes; None where they are programs, which have numbers only.
+
+    Raises:
+        InterventionError: for a name that is none of them.
+    """
+
+    def number(node: Node) -> int:
+        if not isinstance(node, str):
+            return node
+        if genes is None:
+            raise InterventionError(f"{node!r} is no program; give its number, or its name such as 'program 3'")
+        if node not in genes:
+            raise InterventionError(f"no gene of the model is named {node!r}{nearest(node, list(genes))}")
+        return list(genes).index(node)
+
+    return replace(
+        intervention,
+        flips=frozenset((p, number(d)) for p, d in intervention.flips),
+        clamps=tuple(sorted((number(d), v) for d, v in intervention.clamps)),
+        edges=tuple(sorted(((number(a), number(b)), w) for (a, b), w in intervention.edges)),
+        shifts=tuple(sorted((number(d), v) for d, v in intervention.shifts)),
+    )
+
+
+def nodes_of(model: Any, genes: Sequence[str]) -> Sequence[str] | None:
+    """Names of the nodes of a model's graph: the genes, where it says so (``state = "gene"``), else None."""
+    return genes if getattr(model, "state", "program") == "gene" else None
+
+
+def _program(program: int | str) -> Node:
+    """The number of a program, or the name of a gene as it is."""
     try:
-        return int(program.removeprefix("program ")) if isinstance(program, str) else operator.index(program)
-    except (TypeError, ValueError):
+        if not isinstance(program, str):
+            return operator.index(program)
+        number = program.removeprefix("program ")
+        return int(number) if number.isdigit() else program
+    except TypeError:
         raise InterventionError(f"{program!r} is no program; give its number, or its name such as 'program 3'") from None
+
+
+def _said(node: Node) -> str:
+    return node if isinstance(node, str) else f"program {node}"
+
+
+def _ordered(item: tuple[Any, float]) -> Any:
+    """Numbers before names, each in their order."""
+    key = item[0] if isinstance(item[0], tuple) else (item[0],)
+    return [(isinstance(k, str), k) for k in key]
 
 
 def _finite(value: float, word: str, what: str) -> float:
@@ -323,4 +375,4 @@ def _union(a: tuple[tuple[Key, float], ...], b: tuple[tuple[Key, float], ...], w
         if out.setdefault(key, value) != value:
             name = repr(key) if isinstance(key, str) else f"program {key}" if isinstance(key, int) else "the edge {} -> {}".format(*key)
             raise InterventionError(f"{name} was given a {what} of {out[key]:g} and of {value:g}; give one")
-    return tuple(sorted(out.items()))
+    return tuple(sorted(out.items(), key=_ordered))

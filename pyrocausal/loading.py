@@ -18,6 +18,7 @@ from pyrocausal.errors import DataError
 
 if TYPE_CHECKING:
     from pyrocausal.data import PerturbationData
+    from pyrocausal.dynamics.stationary import Moments
 
 MAX_DENSITY = 0.5  # above it, the dense likelihood formula is faster than the one over non-zeros
 
@@ -57,6 +58,7 @@ class Batch:
         n_total: size of the population that the cells stand for.
         nonzeros: the sparse pieces of ``x``, or None for dense data.
         partner: expression of as many control cells, drawn at random, [n, n_genes]; for models that are trained by condition, else None.
+        moments: if the rows are conditions and ``x`` their means, what else a Gaussian law needs of their cells; else None.
     """
 
     x: Tensor | None
@@ -68,6 +70,7 @@ class Batch:
     n_total: int
     nonzeros: Nonzeros | None = None
     partner: Tensor | None = None
+    moments: Moments | None = None
 
     def __len__(self) -> int:
         return len(self.index)
@@ -80,12 +83,12 @@ class Batch:
         """The same cells with the observation hidden, so that a model samples it."""
         if name != "x":
             raise ValueError(f"{name!r} cannot be hidden; only 'x' can")
-        return replace(self, x=None, nonzeros=None, partner=None)
+        return replace(self, x=None, nonzeros=None, partner=None, moments=None)
 
     def rows(self, index: list[int]) -> Batch:
         """Some of the cells (repeats allowed); the sparse pieces are dropped."""
         picked = {f.name: getattr(self, f.name)[index] for f in fields(self) if isinstance(getattr(self, f.name), Tensor)}
-        return replace(self, nonzeros=None, **picked)
+        return replace(self, nonzeros=None, moments=None, **picked)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Batch:
         """Every tensor moved; floating ones also cast."""
@@ -93,13 +96,14 @@ class Batch:
         def move(t: Tensor) -> Tensor:
             return t.to(device=device, dtype=dtype if t.is_floating_point() else None)
 
-        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "nonzeros"}
+        moved: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("nonzeros", "moments")}
         moved = {k: move(v) if isinstance(v, Tensor) else v for k, v in moved.items()}
         nz = None
         if self.nonzeros is not None:
             pieces = {f.name: move(getattr(self.nonzeros, f.name)) for f in fields(self.nonzeros) if f.name != "dense"}
             nz = Nonzeros(dense=moved["x"], **pieces)
-        return Batch(**moved, nonzeros=nz)
+        moments = None if self.moments is None else type(self.moments)(move(self.moments.weight), move(self.moments.within))
+        return Batch(**moved, nonzeros=nz, moments=moments)
 
 
 def make_batch(data: PerturbationData, rows: NDArray[np.int64], n_total: int, dtype: torch.dtype, device: torch.device | str) -> Batch:
@@ -189,3 +193,18 @@ def batches_by_condition(
             yield replace(batch, partner=partner)
 
     return len(parts), minibatches()
+
+
+def moment_batch(data: PerturbationData, pooled: bool = True, weights: Tensor | None = None, device: torch.device | str = "cpu") -> Batch:
+    """The whole screen as one batch whose rows are its conditions: means in ``x`` [Q, d], the rest in ``moments``; float64.
+
+    Args:
+        pooled, weights: as of :func:`pyrocausal.dynamics.stationary.condition_moments`.
+    """
+    from pyrocausal.dynamics.stationary import condition_moments
+
+    dose, mean, moments = condition_moments(data, pooled, weights)
+    n = len(dose)
+    ones, index = torch.ones(n, 1, dtype=mean.dtype), torch.arange(n)
+    batch = Batch(mean, dose, ones, torch.zeros(n, dtype=torch.int64), None, index, len(data), moments=moments)
+    return batch if torch.device(device).type == "cpu" else batch.to(device)

@@ -34,6 +34,8 @@ RESERVED_DIMS = {
     "mask": ("perturbation", "latent"),
     "effect": ("perturbation", "latent"),
     "graph": ("latent", "latent_to"),
+    "decay": ("latent",),
+    "basal": ("latent",),
     "shift": ("latent",),
     "z": ("latent",),
     "clamp": ("latent",),
@@ -54,6 +56,8 @@ def site_dims(fit: Fit) -> dict[str, tuple[str, ...]]:
             continue
         n = site["fn"].event_dim
         declared = site["infer"].get("event_dims") or RESERVED_DIMS.get(name, ())
+        if getattr(fit.model, "state", "program") == "gene":
+            declared = tuple(d.replace("latent", "gene") for d in declared)
         out[name] = tuple(declared) if len(declared) == n else tuple(f"{name}_dim_{i}" for i in range(n))
     return out
 
@@ -129,7 +133,7 @@ def to_inference_data(
         ("sample_stats", "elbo"): ("epoch",),
         ("sample_stats", "elbo_validation"): ("epoch",),
     }
-    names: dict[str, Any] = {k: fit.coords[k] for k in ("gene", "perturbation")} | {"epoch": epochs}
+    names: dict[str, Any] = {k: fit.coords[k] for k in ("gene", "perturbation")} | {"epoch": epochs, "gene_to": fit.coords["gene"]}
     if cells is not None:
         names["cell"] = list(cells.cells)
     if hasattr(fit.model, "edge_index"):
@@ -145,11 +149,11 @@ def to_inference_data(
 def global_draws(fit: Fit, draws: int) -> dict[str, np.ndarray]:
     """Posterior draws of the latent sites outside the plate over cells, [draws, ...event]; consumes the current random state."""
     drawn = _global_draws(fit.guide, fit.reference.to(_device(fit)).rows([0]), draws, _vectorises(fit))
-    return {k: v.cpu().numpy() for k, v in drawn.items()}
+    return {k: v.detach().cpu().numpy() for k, v in drawn.items()}
 
 
 def deterministic_tables(fit: Fit, sampled: dict[str, np.ndarray], draws: int) -> dict[str, np.ndarray]:
-    """Deterministic sites among ``mask``, ``effect``, ``penetrance`` and ``graph`` that depend on no cell, [draws, ...event].
+    """Deterministic sites among ``mask``, ``effect``, ``penetrance``, ``graph``, ``decay`` and ``basal`` of no cell, [draws, ...event].
 
     Args:
         sampled: draws of the latent sites, of :func:`global_draws`, that they follow from. What follows from none of them is one array,
@@ -164,7 +168,7 @@ def deterministic_tables(fit: Fit, sampled: dict[str, np.ndarray], draws: int) -
             values = {k: torch.as_tensor(v[start:stop], device=device) for k, v in sampled.items()}
             values = {k: v[:, None, None] if vectorised else v[0] for k, v in values.items()}
             base = _run_base(fit.model, values, example, stop - start if vectorised else None)
-            for name in ("mask", "effect", "penetrance", "graph"):
+            for name in ("mask", "effect", "penetrance", "graph", "decay", "basal"):
                 site = base.trace.nodes.get(name)
                 if site is None or not _deterministic(site) or any(f.name == "cell" for f in site["cond_indep_stack"]):
                     continue
@@ -244,7 +248,12 @@ def to_networkx(
         - program -> gene: the change of the gene when the program rises by one standard deviation in untreated cells, ``mean``, ``lower``,
           ``upper`` over draws, ``probability`` that it exceeds ``minimum`` in size; in ``graph.graph["unit"]``. With a ``graph`` it is the
           direct effect, what goes through other programs is left to their edges.
+
+        Where the nodes of the model are genes: ``do(A)`` -> gene with what the perturbation does to it directly, and gene -> gene with the
+        weight of the edge; probability that it exceeds ``minimum`` (``minimum_edge``) in size, both in units of the genes' own noise.
     """
+    if getattr(fit.model, "state", "program") == "gene":
+        return _gene_network(fit, draws, threshold, minimum, minimum_edge, seed)
     unit = _unit(fit, None)
     out = nx.DiGraph(unit=unit, threshold=threshold, minimum=minimum)
     out.add_nodes_from(fit.coords["perturbation"], kind="perturbation")
@@ -277,6 +286,24 @@ def to_networkx(
                 name = gene if gene not in fit.coords["perturbation"] else f"{gene} (gene)"
                 out.add_node(name, kind="gene")
                 out.add_edge(f"program {d}", name, probability=float(sizes[g]), **_summary(loadings[:, i, g]))
+    return out
+
+
+def _gene_network(fit: Fit, draws: int, threshold: float, minimum: float, minimum_edge: float, seed: int) -> nx.DiGraph:
+    genes, unit = fit.coords["gene"], np.asarray(fit.model.unit.detach().cpu())  # type: ignore[operator]
+    out = nx.DiGraph(unit=_unit(fit, None), threshold=threshold, minimum=minimum, minimum_edge=minimum_edge)
+    out.add_nodes_from(genes, kind="gene")
+    out.add_nodes_from([f"do({p})" for p in fit.coords["perturbation"]], kind="perturbation")
+    with _seeded(seed, fit):
+        sampled = global_draws(fit, draws)
+        tables = deterministic_tables(fit, sampled, draws)
+    for table, names, scale, least in (
+        ("effect", [f"do({p})" for p in fit.coords["perturbation"]], 1 / unit, minimum),
+        ("graph", genes, unit[:, None] / unit, minimum_edge),
+    ):
+        probability = (np.abs(tables[table] * scale) > least).mean(0)
+        for a, b in zip(*np.nonzero(probability >= threshold), strict=True):
+            out.add_edge(names[a], genes[b], probability=float(probability[a, b]), **_summary(tables[table][:, a, b]))
     return out
 
 

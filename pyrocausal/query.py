@@ -25,7 +25,7 @@ from pyrocausal.coupling import Noise, couple
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit
-from pyrocausal.interventions import Intervention, as_list, check, perturb
+from pyrocausal.interventions import Intervention, as_list, check, nodes_of, perturb, resolve
 from pyrocausal.loading import Batch
 from pyrocausal.worlds import MAX_ROWS, Base, factual_base, fresh_base, global_draws, intervened_law, vectorises
 
@@ -225,7 +225,8 @@ def to_anndata(result: xr.Dataset, draw: int | None = None) -> Any:
 
 
 def _prepare(fit: Fit, do: Do) -> list[tuple[str, Intervention]]:
-    named = as_list(do, fit.coords["separator"], fit.coords["control"])
+    nodes = nodes_of(fit.model, fit.coords["gene"])
+    named = [(name, resolve(act, nodes)) for name, act in as_list(do, fit.coords["separator"], fit.coords["control"])]
     acts = [i for _, i in named]
     trained = None if getattr(fit.model, "answers_unseen", False) else [int(n) for n in fit.cells_per_perturbation]
     check(acts, fit.coords, trained)

@@ -69,7 +69,8 @@ class Twin(Messenger):
     """Latent sites keep what they had in the base world.
 
     A site whose law the intervention does not touch keeps its value, bit for bit. A location-scale site whose law it moves keeps its
-    standardised residual: ``v' = v + (loc' - loc) + (scale' - scale) (v - loc) / scale``. Another site whose law it moves is drawn afresh
+    standardised residual: ``v' = v + (loc' - loc) + (scale' - scale) (v - loc) / scale``. A law that knows how (``carry``) takes its
+    value to the new law itself. Another site whose law it moves is drawn afresh
     from the new law (``strict=False``), or refused (``strict=True``: a counterfactual would not be about this cell).
     """
 
@@ -83,6 +84,9 @@ class Twin(Messenger):
         if name not in self.base.values or msg["is_observed"] or msg["done"]:
             return
         value, old, new = self.base.values[name], self.base.trace.nodes[name]["fn"], msg["fn"]
+        if hasattr(old, "carry") and type(old) is type(new):
+            msg["value"], msg["done"] = old.carry(value, new), True
+            return
         old_loc, old_scale = _location_scale(old)
         new_loc, new_scale = _location_scale(new)
         if old_loc is not None and new_loc is not None:
@@ -212,7 +216,8 @@ def intervened_law(
         ``(law, same)``: ``same`` [S or 1, K, n] is true for cells whose intervened sites have the very values of the base world.
     """
     sites = {name: s["value"] for name, s in base.trace.nodes.items() if s["type"] == "sample" and not (name == "mask" and _targetless(s))}
-    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform)
+    cyclic = getattr(model, "cyclic", False)
+    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform, cyclic)
     by = compile_shift(interventions, sites, sites)
     law = law_under(model, base, values, len(interventions), strict, by)
     same = (values["dose"] == base.batch.dose).all(-1)

@@ -28,7 +28,7 @@ from pyrocausal.coupling import couple
 from pyrocausal.elbo import ELBO
 from pyrocausal.errors import InterventionError
 from pyrocausal.fit import Fit, coords_of, reference_cells
-from pyrocausal.interventions import Intervention
+from pyrocausal.interventions import Intervention, resolve
 from pyrocausal.soft import Change, Soft
 from pyrocausal.structural import mechanism_shift, residual, solve, total_effects
 
@@ -710,7 +710,15 @@ def test_contradictions_are_refused():
 @pytest.mark.parametrize("program", ["A", "program", "program x", 1.5, None])
 def test_what_is_no_program_is_refused(program):
     for word in (lambda p: pc.clamp(p, 1.0), lambda p: pc.shift(p, 1.0), lambda p: pc.cut(0, p), lambda p: pc.flip_target("A", p)):
-        refused(lambda word=word: word(program), repr(program), "'program 3'")
+        refused(lambda word=word: resolve(word(program), genes=None), repr(program), "'program 3'")
+
+
+def test_genes_are_named_where_the_nodes_are_genes():
+    act = pc.clamp("G2", 1.0) & pc.clamp(0, 2.0) & pc.cut("G1", "G0") & pc.shift("G0", 3.0)
+    numbered = resolve(act, ["G0", "G1", "G2"])
+    assert numbered == pc.clamp(2, 1.0) & pc.clamp(0, 2.0) & pc.cut(1, 0) & pc.shift(0, 3.0)
+    assert "G2" in str(act) and resolve(numbered, None) == numbered
+    refused(lambda: resolve(pc.clamp("G9", 1.0), ["G0", "G1", "G2"]), "G9", "gene")
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, "1", None])

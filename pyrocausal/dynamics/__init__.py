@@ -1,0 +1,1 @@
+"""Stationary and time-resolved stochastic differential equations: Lyapunov equations, stationary laws, samplers, scores."""
