@@ -16,19 +16,25 @@ counts                 zero-inflated Poisson counts of the states, 10 per gene o
                        scale is not that of the states: F1, frobenius and shd mean little
 =====================  ==============================================================================================================
 
-=====================  ==============================================================================================================
-method                 matrix [d, d], and its scale
-=====================  ==============================================================================================================
-precision_control      minus the Ledoit-Wolf precision of control cells: drift of a diffusion sqrt(2), twice the drift if it is symmetric
-precision_pooled       the same of all cells, each about the mean of its condition
-precision_exact        the same of the true covariance: what endless control cells would give
-mean_difference        mean of the perturbed cells minus control in the row of their target, 0 elsewhere: total effects, in units of state
-clipr_exact_score      linearisation of the exact score: the limit of a diffusion trained by score matching; scale as precision
-clipr_true_drift       linearisation of the true drift: what the linearisation itself loses with fewer perturbations than genes; knock-downs
-                       change the slope of the drift, so that at the origin it fails
-clipr_true_control     the same from the control mean in place of the origin
-closed_form            moments of cells with every gene perturbed on target (left out else); scale fixed by sigma = 1
-=====================  ==============================================================================================================
+======================  =============================================================================================================
+method                  matrix [d, d], and its scale
+======================  =============================================================================================================
+precision_control       minus the Ledoit-Wolf precision of control cells: drift of a diffusion sqrt(2), twice the drift if it is symmetric
+precision_pooled        the same of all cells, each about the mean of its condition
+precision_exact         the same of the true covariance: what endless control cells would give
+mean_difference         mean of the perturbed cells minus control in the row of their target, 0 elsewhere: total effects, in units of state
+clipr_exact_score       linearisation of the exact score: the limit of a diffusion trained by score matching; scale as precision
+clipr_true_drift        linearisation of the true drift: what the linearisation itself loses with fewer perturbations than genes; knock-downs
+                        change the slope of the drift, so that at the origin it fails
+clipr_true_control      the same from the control mean in place of the origin
+closed_form             moments of cells with every gene perturbed on target (left out else); scale fixed by sigma = 1
+clipr_trained_score     linearisation of a score network trained on these cells, as published but smaller; seconds are those of the training
+jacobian_trained_score  slope of the same network at the control mean; seconds without the training
+clipr_turned            clipr(curl="target") on the score that the moments of these cells give; half of it, as sigma is 1 and not sqrt(2)
+linear_lcd              the model, edge_scale (.1, .3 or 1) chosen by the likelihood of held-out cells; scale of the true drift
+linear_lcd_sigma        the same with a noise of each gene to learn
+linear_lcd_knockdown    the same with row-scaling knock-downs
+======================  =============================================================================================================
 
 ``held_out`` is the correlation of predicted and true mean shifts of genes that were not perturbed, ``held_out_others`` without what they do
 to themselves (:func:`pyrocausal.graph_metrics.shift_correlation`). Methods with ``exact`` or ``true`` in their names see the truth: they
@@ -40,16 +46,23 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import anndata as ad
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import NDArray
 from sklearn.covariance import ledoit_wolf
 
+import pyrocausal as pc
+from pyrocausal import linearise
+from pyrocausal.dynamics import score
+from pyrocausal.dynamics.select import select_settings
 from pyrocausal.graph_metrics import graph_scores, shift_correlation
+from pyrocausal.posterior import deterministic_tables, global_draws
 from pyrocausal.simulate_sde import exact_score_responses, linear_sde_screen
 
 Array = NDArray[np.float64]
@@ -66,12 +79,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "penetrance": {"penetrance": 0.7},
     "counts": {"counts": True, "zero_inflation": (0.0, 0.3)},
 }
-
-
-def linearise(initial: Array, limit: Array) -> Array:
-    """``-(L'L + ridge)^-1 L'V`` for responses L, V [p, d]."""
-    d = limit.shape[1]
-    return -np.linalg.solve(limit.T @ limit + 0.1 / d * np.eye(d), limit.T @ initial)
 
 
 def expression(adata: ad.AnnData) -> Array:
@@ -115,18 +122,18 @@ def precision_exact(adata: ad.AnnData, truth: Truth) -> Array:
 
 def clipr_exact_score(adata: ad.AnnData, truth: Truth) -> Array:
     responses = exact_score_responses(truth)
-    return linearise(responses.score, responses.limit)
+    return linearise.linearise(responses.score, responses.limit, ridge=0.1 / adata.n_vars)
 
 
 def clipr_true_drift(adata: ad.AnnData, truth: Truth) -> Array:
     responses = exact_score_responses(truth)
-    return linearise(responses.drift, responses.limit)
+    return linearise.linearise(responses.drift, responses.limit, ridge=0.1 / adata.n_vars)
 
 
 def clipr_true_control(adata: ad.AnnData, truth: Truth) -> Array:
     centre = truth["means"][0]
     responses = exact_score_responses(truth, at=centre)
-    return linearise(responses.drift, responses.limit - centre)
+    return linearise.linearise(responses.drift, responses.limit - centre, ridge=0.1 / adata.n_vars)
 
 
 def closed_form(adata: ad.AnnData, truth: Truth) -> Array | None:
@@ -134,9 +141,61 @@ def closed_form(adata: ad.AnnData, truth: Truth) -> Array | None:
     if len(truth["targets"]) < adata.n_vars:
         return None
     _, labels, residual = condition_means(adata)
-    inverse = np.linalg.inv(total_effects(adata, truth))
-    covariance = residual.T @ residual / (len(residual) - len(labels))
-    return -inverse / (2 * np.einsum("kj,jk->k", covariance, inverse))
+    return linearise.closed_form(total_effects(adata, truth), residual.T @ residual / (len(residual) - len(labels)))
+
+
+def clipr_turned(adata: ad.AnnData, truth: Truth) -> Array:
+    """The rotation that scores leave out, from moments: ``clipr(..., curl="target")`` of a perfectly trained score on these cells."""
+    _, labels, residual = condition_means(adata)
+    precision = np.linalg.inv(residual.T @ residual / (len(residual) - len(labels)))
+    moved = total_effects(adata, truth)[truth["targets"]]
+    return 0.5 * linearise.curl_correct(moved @ precision, precision, truth["targets"])
+
+
+def trained_score(adata: ad.AnnData, truth: Truth) -> tuple[Array, Array, Array]:
+    """Responses [p, d] and the Jacobian at the control mean of a score network that was trained on these cells; kept for the methods here.
+
+    The published network and schedule at the size of two processor cores: width 256, batches of 512, 10,000 steps.
+    """
+    if "trained" not in truth:
+        data = pc.PerturbationData.from_anndata(adata)
+        codes, doses = score.conditions_of(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            network = score.ScoreNetwork(adata.n_vars, len(data.perturbations), n_hidden=256, n_embed=256)
+        source = score.from_cells(torch.as_tensor(data.dense()), codes, len(doses))
+        network.fit_units(source, doses, torch.Generator().manual_seed(0))
+        score.train_score(network, source, doses, steps=10_000, batch_size=512, parity=True, progress=False)
+        dose = torch.eye(len(data.perturbations))[data.perturbations.get_indexer(truth["perturbations"])]
+        with torch.no_grad():
+            V, L = network.drift(torch.zeros(len(dose), adata.n_vars), dose), network.limit(dose)
+        slope = torch.func.jacrev(lambda x: network.drift(x, 0 * dose[0]))(network.centre).T.detach()
+        truth["trained"] = tuple(t.double().numpy() for t in (V, L, slope))
+    return truth["trained"]  # type: ignore[no-any-return]
+
+
+def clipr_trained_score(adata: ad.AnnData, truth: Truth) -> Array:
+    V, L, _ = trained_score(adata, truth)
+    return linearise.linearise(V, L, ridge=0.1 / adata.n_vars)
+
+
+def jacobian_trained_score(adata: ad.AnnData, truth: Truth) -> Array:
+    return trained_score(adata, truth)[2]
+
+
+def linear_lcd(adata: ad.AnnData, truth: Truth, **settings: Any) -> Array:
+    """LinearLCD, the strength of its prior on edges chosen by held-out cells."""
+    data = pc.PerturbationData.from_anndata(adata, kind=None if "unit" in truth else "normalised")
+    shared = {"standardise": False, "draws": 0} | settings
+    chosen = select_settings(data, progress=False, **shared)["settings"][0]
+    model, guide = pc.build("linear_lcd", data, **shared, **chosen)
+    return drift_of(pc.fit(model, guide, data, max_epochs=3000, kl_warmup=0.0, progress=False))
+
+
+def drift_of(fit: pc.Fit) -> Array:
+    sampled = global_draws(fit, 1)
+    tables = deterministic_tables(fit, sampled, 1)
+    return tables["graph"][0] - np.diag(tables["decay"][0])
 
 
 METHODS: dict[str, Method] = {
@@ -148,6 +207,12 @@ METHODS: dict[str, Method] = {
     "clipr_true_drift": clipr_true_drift,
     "clipr_true_control": clipr_true_control,
     "closed_form": closed_form,
+    "clipr_trained_score": clipr_trained_score,
+    "jacobian_trained_score": jacobian_trained_score,
+    "clipr_turned": clipr_turned,
+    "linear_lcd": linear_lcd,
+    "linear_lcd_sigma": partial(linear_lcd, diffusion="learned"),
+    "linear_lcd_knockdown": partial(linear_lcd, mechanism="knockdown"),
 }
 
 

@@ -38,6 +38,7 @@ ENTRIES = {
         "DiscrepancyVAE", "DiscrepancyVAE", "Zhang et al. 2023", "effects of singles and pairs, as published", data_kind="normalised"
     ),
     "linear_lcd": Entry("LinearLCD", "LinearLCD", "Lorch et al. 2026", "effects, pairs, doses, directed gene network, clamps, transients"),
+    "lcd": Entry("LCD", "LCD", "Lorch et al. 2026", "effects, pairs, doses, counterfactuals; a score field, no direction"),
     "cpa_vae": Entry(
         "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "as sams_vae, every perturbation moves every program", (("dense", True),)
     ),

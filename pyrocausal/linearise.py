@@ -93,6 +93,19 @@ def curl_correct(shift: ArrayLike, precision: ArrayLike, targets: ArrayLike, dam
     return -K @ (np.eye(d) + skew(q))
 
 
+def closed_form(total_effects: ArrayLike, covariance: ArrayLike) -> Array:
+    """The drift matrix of a system in which every gene was perturbed on target, by moments alone, [d, d].
+
+    ``E M = -diag(c)`` for the changes E of the means, and ``2 (S M)_kk = -1`` for the sizes c that are not known.
+
+    Args:
+        total_effects: E, change of the means when gene j is perturbed in row j, [d, d].
+        covariance: S, of cells about the mean of their condition, [d, d]; the noise of each gene is 1.
+    """
+    inverse = np.linalg.inv(np.asarray(total_effects, float))
+    return -inverse / (2 * np.einsum("kj,jk->k", np.asarray(covariance, float), inverse))
+
+
 @dataclass(frozen=True)
 class Diagnostics:
     """How far the limits determine the matrix.

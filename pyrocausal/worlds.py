@@ -215,10 +215,7 @@ def intervened_law(
     Returns:
         ``(law, same)``: ``same`` [S or 1, K, n] is true for cells whose intervened sites have the very values of the base world.
     """
-    sites = {name: s["value"] for name, s in base.trace.nodes.items() if s["type"] == "sample" and not (name == "mask" and _targetless(s))}
-    cyclic = getattr(model, "cyclic", False)
-    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform, cyclic)
-    by = compile_shift(interventions, sites, sites)
+    sites, values, by = compiled(model, base, interventions, perturbations)
     law = law_under(model, base, values, len(interventions), strict, by)
     same = (values["dose"] == base.batch.dose).all(-1)
     for name in values.keys() - {"dose"}:
@@ -230,6 +227,17 @@ def intervened_law(
     return law, same
 
 
+def compiled(
+    model: Callable[..., Any], base: Base, interventions: Sequence[Intervention], perturbations: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+    """Values of the sites in the base world, what ``pyro.do`` sets in the K worlds, and what is added to ``shift``."""
+    sites = {name: s["value"] for name, s in base.trace.nodes.items() if s["type"] == "sample" and not (name == "mask" and _targetless(s))}
+    cyclic = getattr(model, "cyclic", False)
+    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform, cyclic)
+    by = compile_shift(interventions, sites, sites)
+    return sites, values, by
+
+
 def _targetless(mask: Any) -> bool:
     """Whether a mask that is not sampled names no targets to flip: all ones (a dense model), or soft."""
     return _deterministic(mask) and (bool((mask["value"] == 1).all()) or bool(((mask["value"] != 0) & (mask["value"] != 1)).any()))
@@ -239,7 +247,15 @@ def law_under(
     model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool, by: Tensor | None = None
 ) -> Any:
     """The law of the observation when ``pyro.do`` sets sites to ``values``, whose dimension -2 (before the cells) runs over the worlds, and
-    ``by`` [K, 1, D] is added to ``shift``.
+    ``by`` [K, 1, D] is added to ``shift``."""
+    law = trace_under(model, base, values, n_worlds, strict, by).nodes["x"]["fn"]
+    return law.expand((1, *law.batch_shape)) if base.draws is None else law
+
+
+def trace_under(
+    model: Callable[..., Any], base: Base, values: dict[str, Tensor], n_worlds: int, strict: bool, by: Tensor | None = None
+) -> Any:
+    """The trace of the model in the worlds of :func:`law_under`.
 
     Draw by draw the model sees the shapes that it was written for: one world, no plates around it.
     """
@@ -253,8 +269,7 @@ def law_under(
     plates = _plates(base.draws, None if base.draws is None else n_worlds)
     with torch.no_grad(), plates, poutine.trace() as tracer, _Quiet(), Twin(base, strict):
         intervened(base.batch)
-    law = tracer.trace.nodes["x"]["fn"]
-    return law.expand((1, *law.batch_shape)) if base.draws is None else law
+    return tracer.trace
 
 
 def vectorises(model: Callable[..., Any], guide: Callable[..., Any], example: Batch, perturbations: Sequence[str]) -> bool:

@@ -29,7 +29,9 @@ def select_settings(
     progress: bool | None = None,
     **settings: Any,
 ) -> pd.DataFrame:
-    """Held-out log-likelihood of a model under several settings, the best first: ``pc.build(name, data, **select_settings(...).settings[0])``.
+    """Held-out log-likelihood of a model under several settings, the best first.
+
+    ``pc.build(name, data, **select_settings(data)["settings"][0])`` makes the model that the cells prefer.
 
     Every candidate is fitted to the same ``1 - test`` of the cells of every condition, and scored by ``log p(x)`` of the others given its
     point estimate; priors do not enter the score, so that candidates may differ in them. Nothing but the cells decides.
