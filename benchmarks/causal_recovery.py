@@ -24,8 +24,8 @@ precision_pooled        the same of all cells, each about the mean of its condit
 precision_exact         the same of the true covariance: what endless control cells would give
 mean_difference         mean of the perturbed cells minus control in the row of their target, 0 elsewhere: total effects, in units of state
 clipr_exact_score       linearisation of the exact score: the limit of a diffusion trained by score matching; scale as precision
-clipr_true_drift        linearisation of the true drift: what the linearisation itself loses with fewer perturbations than genes; knock-downs
-                        change the slope of the drift, so that at the origin it fails
+clipr_true_drift        linearisation of the true drift: what the linearisation itself loses with fewer perturbations than genes; they
+                        change the slope of the drift under knock-downs, so that at the origin it fails
 clipr_true_control      the same from the control mean in place of the origin
 closed_form             moments of cells with every gene perturbed on target (left out else); scale fixed by sigma = 1
 clipr_trained_score     linearisation of a score network trained on these cells, as published but smaller; seconds are those of the training

@@ -54,12 +54,12 @@ def sachs(seed: int) -> None:
     print(data, "targets measured:", [p for p in data.perturbations if p in data.genes])
     own = [int(g) for g in data.genes.get_indexer([str(p).removesuffix("_act") for p in data.perturbations])]
     fit = fitted(data, seed, own_genes=own)
-    M, unit = graph_of(fit).mean("draw").to_numpy(), np.asarray(fit.model.unit)
+    M = graph_of(fit).mean("draw").to_numpy()
     x, labels = data.dense(np.float64), data.labels.astype(str)
     centred = x - pd.DataFrame(x).groupby(labels).transform("mean").to_numpy()
     control = np.linalg.inv(np.corrcoef(x[data.is_control].T))
     pooled = np.linalg.inv(np.corrcoef(centred.T))
-    matrices = {"linear_lcd": M * unit[:, None] / unit, "precision, control": -control, "precision, pooled": -pooled}
+    matrices = {"linear_lcd": M, "precision, control": -control, "precision, pooled": -pooled}
     rows = []
     for name, found in edges.items():
         pairs = [tuple(str(e).split("->")) if isinstance(e, str) else tuple(map(str, e)) for e in np.asarray(found)]

@@ -21,6 +21,7 @@ from pyrocausal.errors import DataError, nearest
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 CHUNK = 2**24  # numbers in one batch of permutations
+ROUNDING = 1e-9  # of the largest entry: what the inverse of a symmetric matrix may be asymmetric by
 SINGULAR = 1e8  # condition number
 
 
@@ -195,8 +196,14 @@ def _correlation(a: Array, b: Array) -> float:
 
 def _direction(size: Array, edge: Mask) -> tuple[float, int]:
     cause, effect = np.nonzero(edge & ~edge.T)
-    gap = size[cause, effect] - size[effect, cause]
-    return (float(np.mean(0.5 * (1 + np.sign(gap)))) if len(gap) else np.nan), len(gap)
+    ahead = _ahead(size)[cause, effect]
+    return (float(np.mean(0.5 * (1 + ahead))) if len(ahead) else np.nan), len(ahead)
+
+
+def _ahead(size: Array) -> Array:
+    """1 where an entry is larger than its mirror image, -1 where it is smaller, 0 where they differ by no more than rounding."""
+    gap = size - size.T
+    return np.where(np.abs(gap) > ROUNDING * np.max(size, initial=0.0), np.sign(gap), 0.0)
 
 
 def _hamming(a: Mask, b: Mask) -> int:
@@ -225,7 +232,7 @@ def _recovery(size: Array, edge: Mask, orders: NDArray[np.int64]) -> pd.DataFram
     above[off.ravel()], larger[off.ravel()] = _ranking(size[off])
     cause, effect = np.nonzero(edge)
     k, n = len(cause), d * (d - 1)
-    ahead = np.sign(size - size.T).ravel()
+    ahead = _ahead(size).ravel()
     one_way = (edge & ~edge.T)[cause, effect]
     share = np.clip((k - larger) / np.maximum(above - larger, 1), 0, 1)  # of the ties at an entry, what is within the first k
     columns: dict[str, list[Array]] = {"auroc": [], "auprc": [], "precision_at_k": [], "direction": []}

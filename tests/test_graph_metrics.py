@@ -196,3 +196,15 @@ def test_refusals() -> None:
         graph_scores(np.full((3, 3), np.nan), a)
     with pytest.raises(DataError, match="threshold"):
         graph_scores(a, a, threshold=0)
+
+
+def test_the_rounding_of_an_inverse_is_no_direction() -> None:
+    """The inverse of a symmetric matrix is symmetric up to rounding, which must not count."""
+    rng = np.random.default_rng(0)
+    root = rng.normal(size=(30, 30))
+    precision = np.linalg.inv(root @ root.T + np.eye(30))
+    assert not np.array_equal(precision, precision.T)
+    truth = np.triu(rng.random((30, 30)) < 0.3, 1)
+    assert graph_scores(precision, truth.astype(float))["direction"] == 0.5
+    found = directed_recovery(precision, truth, 20)
+    assert found["direction"] == 0.5 and found["p_direction"] == 1.0
