@@ -12,8 +12,16 @@ linear; free (``mlp``, ``linear``)            identified           not identifie
 nonlinear; ``mlp``                            identified           not identified                      (a network absorbs curves too)
 nonlinear; ``linear``                         identified           up to permutation and scale         the curvature of the equations
 any; ``anchored``                             identified           identified                          the anchors, and the given order
+linear diffusion of d genes, k targeted       identified           k = d: identified; else in part     on-target action, and a sparse prior
+score field                                   identified           not identified                      --
 no graph                                      identified           no edges; clamps need anchors       --
 ============================================  ===================  ==================================  ==================================
+
+**The rotation.** A linear diffusion ``dx = (x M + b + shift) dt + diag(sigma) dW`` over d genes has the stationary covariance S of any
+other with ``M = S^-1 (-Q - diag(sigma^2)/2)``, Q skew: d (d - 1)/2 numbers that no control cell knows. A perturbation that moves the mean
+by m and acts on its own gene alone makes ``m S^-1 Q`` known (its size follows from ``a Q a' = 0``), so that k targeted genes leave a skew
+matrix of d - k dimensions, (d - k)(d - k - 1)/2 numbers, to the sparse prior. If perturbations may act off target at no cost, all of
+them are left. A score field is ``Q = 0``, whatever the truth.
 """
 
 from __future__ import annotations
@@ -22,6 +30,7 @@ import copy
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.poutine as poutine
 import torch
@@ -37,7 +46,10 @@ AGREE = 1e-4  # relative difference of outputs below which they are the same (fl
 
 @dataclass(frozen=True)
 class Verdict:
-    """What is known of one kind of question: ``"identified"``, ``"up to permutation and scale"``, ``"not identified"`` or ``"unknown"``."""
+    """What is known of one kind of question.
+
+    ``status`` is ``"identified"``, ``"up to permutation and scale"``, ``"in part"``, ``"not identified"`` or ``"unknown"``.
+    """
 
     query: str
     status: str
@@ -81,9 +93,12 @@ def identifiability(model: Any, batch: Batch | None = None, seed: int = 0) -> Id
     Raises:
         ContractError: for a model without a site ``u``.
     """
+    shift = Verdict("shift", "identified", "perturbed and control cells are both measured, and the law of the cells determines the shift")
+    if getattr(getattr(model, "model", model), "state", "program") == "gene":
+        status, because = _diffusion(getattr(model, "model", model), getattr(model, "cells_per_perturbation", None))
+        return Identifiability((shift, Verdict("clamp", status, because), Verdict("edge", status, because)), None)
     batch = _example(model) if batch is None else batch.hide()
     model = getattr(model, "model", model)
-    shift = Verdict("shift", "identified", "perturbed and control cells are both measured, and the law of the cells determines the shift")
     sites = _sites(model, batch)
     if "u" not in sites:
         raise ContractError(
@@ -116,6 +131,20 @@ def identifiability(model: Any, batch: Batch | None = None, seed: int = 0) -> Id
             f"a network for a decoder can absorb {equations} equations too; use a linear or anchored decoder",
         )
     return Identifiability((shift, Verdict("clamp", status, because), Verdict("edge", status, because)), error)
+
+
+def _diffusion(model: Any, cells: Any) -> tuple[str, str]:
+    """Clamps and edges of a diffusion over genes."""
+    if getattr(model, "gradient_field", False):
+        return "not identified", "the drift is a score, whose slope is symmetric whatever the regulation; use linear_lcd"
+    targets, d = model.targets.cpu().numpy(), model.shape[1]
+    seen = targets[(targets >= 0) & (True if cells is None else np.asarray(cells) > 0)]
+    k = len(np.unique(seen))
+    left = (d - k) * (d - k - 1) // 2
+    known = f"{k} of {d} genes are targeted, which leaves {left} of {d * (d - 1) // 2} rotations of the drift open"
+    if left:
+        return "in part", f"{known}; the sparse prior on edges decides those, and assumes few edges and mostly on-target action"
+    return "identified", f"{known}; assumes a linear diffusion at stationarity and mostly on-target action"
 
 
 @torch.no_grad()

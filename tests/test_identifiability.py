@@ -155,3 +155,26 @@ def test_shuffling_stays_within_the_condition() -> None:
     labels[0] = "alone"
     other = _other_of_condition(labels, 0)
     assert (labels[other] == labels).all() and sorted(other) == list(range(60)) and (other[1:] != np.arange(1, 60)).all() and other[0] == 0
+
+
+def test_a_diffusion_says_how_much_of_its_direction_the_targets_fix() -> None:
+    """Counted by hand, and against the rank of the equations ``delta S^-1 (Q + D/2) = -c e_t``, skew Q, of random systems."""
+    rng = np.random.default_rng(0)
+    d = 6
+    rows, cols = np.triu_indices(d, 1)
+    for k in (0, 2, 4, 5, 6):
+        blocks = []
+        for _ in range(k):
+            a, t = rng.normal(size=d), rng.integers(d)
+            block = np.zeros((d, len(rows) + k))
+            for n, (i, j) in enumerate(zip(rows, cols, strict=True)):  # (a Q)_j += a_i Q_ij, (a Q)_i -= a_j Q_ij
+                block[j, n] += a[i]
+                block[i, n] -= a[j]
+            block[t, len(rows) + len(blocks)] = 1.0  # the size of the push is free
+            blocks.append(block)
+        free = len(rows) + k - (np.linalg.matrix_rank(np.concatenate(blocks)) if blocks else 0)
+        assert free == (d - k) * (d - k - 1) // 2
+        verdict = pc.identifiability(pc.models.LinearLCD(d, 7, own_genes=[*range(k), *[-1] * (7 - k)]))["edge"]
+        assert verdict.status == ("identified" if free == 0 else "in part")
+        assert f"leaves {free} of 15" in verdict.because
+    assert pc.identifiability(pc.models.LCD(4, 2))["edge"].status == "not identified"
