@@ -1,5 +1,6 @@
 """The guide of each model of :mod:`pyrocausal.models`, in the file of the same name."""
 
+from pyrocausal.guides.cite_vae import CITEVAE
 from pyrocausal.guides.discrepancy_vae import DiscrepancyVAE
 from pyrocausal.guides.lcd import LCD
 from pyrocausal.guides.linear_lcd import LinearLCD
@@ -8,6 +9,7 @@ from pyrocausal.guides.sccvae import SCCVAE, SCCVAEParity
 from pyrocausal.guides.svae_plus import SVAEPlus, SVAEPlusParity
 
 __all__ = [
+    "CITEVAE",
     "LCD",
     "SAMSVAE",
     "SCCVAE",

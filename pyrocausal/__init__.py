@@ -25,6 +25,7 @@ from pyrocausal.fit import Fit, fit
 from pyrocausal.identifiability import identifiability
 from pyrocausal.interventions import (
     activate,
+    at,
     clamp,
     cut,
     do,
@@ -32,15 +33,18 @@ from pyrocausal.interventions import (
     knockdown,
     knockout,
     perturb,
+    pulse,
     set_edge,
     shift,
     silence,
     sites,
+    sustain,
     untreated,
 )
 from pyrocausal.io import load
 from pyrocausal.posterior import iwelbo, to_inference_data, to_networkx
 from pyrocausal.query import counterfactual, dose_response, effects, interventional, to_anndata
+from pyrocausal.trajectory import trajectory
 
 __all__ = [
     "ELBO",
@@ -48,6 +52,7 @@ __all__ = [
     "PerturbationData",
     "activate",
     "adapt",
+    "at",
     "auto_guide",
     "build",
     "check_model",
@@ -76,15 +81,18 @@ __all__ = [
     "modules",
     "perturb",
     "plots",
+    "pulse",
     "set_edge",
     "shift",
     "silence",
     "simulate",
     "simulate_graph",
     "sites",
+    "sustain",
     "to_anndata",
     "to_inference_data",
     "to_networkx",
+    "trajectory",
     "untreated",
 ]
 

@@ -67,7 +67,7 @@ def _demo(a: argparse.Namespace) -> int:
 
 def _fit(a: argparse.Namespace) -> int:
     from pyrocausal import report
-    from pyrocausal.collection import build
+    from pyrocausal.collection import accepts, build
     from pyrocausal.fit import fit
 
     report.check_model_name(a.model)
@@ -77,7 +77,8 @@ def _fit(a: argparse.Namespace) -> int:
     data, _ = _screen(a)
     print(data)
     epochs = a.epochs or report.default_epochs(len(data))
-    pair = build(a.model, data, n_latent=a.latent or 20, seed=a.seed)
+    size = {"n_latent": a.latent or 20} if accepts(a.model, "n_latent") else {}
+    pair = build(a.model, data, **size, seed=a.seed)
     fitted = fit(*pair, data, max_epochs=epochs, seed=a.seed, checkpoint=a.checkpoint, resume=a.resume)
     if not len(fitted.history):
         raise PyrocausalError("the training was interrupted before the first epoch had ended, so nothing was fitted; nothing is written")

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -39,6 +40,7 @@ ENTRIES = {
     ),
     "linear_lcd": Entry("LinearLCD", "LinearLCD", "Lorch et al. 2026", "effects, pairs, doses, directed gene network, clamps, transients"),
     "lcd": Entry("LCD", "LCD", "Lorch et al. 2026", "effects, pairs, doses, counterfactuals; a score field, no direction"),
+    "cite_vae": Entry("CITEVAE", "CITEVAE", "Jiang et al. 2026, rebuilt", "trajectories, acts with a when, targets, lagged network"),
     "cpa_vae": Entry(
         "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "as sams_vae, every perturbation moves every program", (("dense", True),)
     ),
@@ -70,9 +72,15 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
     accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
     own = [int(g) for g in data.genes.get_indexer(data.perturbations)]
     defaults = {"n_batches": len(data.batches), "likelihood": likelihood, "own_genes": own if max(own, default=-1) >= 0 else None}
+    defaults |= {} if data.time is None else {"times": [float(t) for t in np.unique(data.time)]}
     defaults = {k: v for k, v in defaults.items() if k in accepted}
     tables = {k: _in_order(k, v, data) for k, v in settings.items()}
     return build_from({"name": name, "arguments": {**defaults, **tables, **data.sizes._asdict()}, "seed": seed})
+
+
+def accepts(name: str, setting: str) -> bool:
+    """Whether a model of the collection, or its guide, has a setting."""
+    return any(setting in _accepted(c) for c in _classes(ENTRIES[name]))
 
 
 def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
@@ -88,6 +96,8 @@ def build_from(recipe: dict[str, Any]) -> tuple[nn.Module, nn.Module]:
         torch.manual_seed(recipe["seed"])
         model, guide = (c(**{k: v for k, v in arguments.items() if k in ok}) for c, ok in zip(classes, accepted, strict=True))
     model.recipe = recipe
+    if hasattr(guide, "meet"):
+        guide.meet(model)
     return model, guide
 
 

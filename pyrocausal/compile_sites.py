@@ -38,6 +38,7 @@ def compile_sites(
     sites: Iterable[str],
     uniform: Tensor | None = None,
     cyclic: bool = False,
+    schedule: tuple[Tensor, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Values for ``pyro.do`` of K interventions at once.
 
@@ -49,10 +50,12 @@ def compile_sites(
         sites: names of the model's sites.
         uniform: uniform numbers [..., n, P] that decide in which cells a perturbation takes, shared by all interventions.
         cyclic: whether the model allows edges that close a cycle.
+        schedule: of a model with time, its times [T + 1] and the share of the dose that the cells have until each, [T + 1].
 
     Returns:
         ``dose`` [K, n or 1, P] (or [..., K, n, P] with penetrance), and as needed ``hit``, ``clamp`` [K, 1, D] (NaN = untouched), and
-        ``mask``, ``effect`` and ``graph`` [..., K, 1, P, D].
+        ``mask``, ``effect`` and ``graph`` [..., K, 1, P, D]; for acts with a time ``course`` [K, n or 1, T + 1, P] and ``held``
+        [K, n or 1, T + 1, D].
     """
     sites = set(sites)
     code = {name: i for i, name in enumerate(perturbations)}
@@ -81,7 +84,10 @@ def compile_sites(
         if any(acts):
             values[site] = _edited(site, acts, code, given, sites, cyclic)
     clamp = _per_program("clamp", [i.clamps for i in interventions], given, sites, float("nan"))
-    return values if clamp is None else values | {"clamp": clamp}
+    values = values if clamp is None else values | {"clamp": clamp}
+    if any(i.timed for i in interventions):
+        values |= _over_time(interventions, values, code, given, schedule)
+    return values
 
 
 def compile_shift(interventions: Sequence[Intervention], given: Mapping[str, Tensor], sites: Iterable[str]) -> Tensor | None:
@@ -143,7 +149,56 @@ def check_edges(model: Any, interventions: Iterable[Intervention], edges: Tensor
             )
 
 
+def schedule_of(model: Any) -> tuple[Tensor, Tensor] | None:
+    """Times of a model and the share of the dose that cells have until each, both [T + 1]; None for a model without time."""
+    return (model.times, model.schedule) if getattr(model, "timed", False) else None
+
+
 # -- parts -----------------------------------------------------------------------------------------------------------------------
+
+
+def _over_time(
+    interventions: Sequence[Intervention],
+    values: Mapping[str, Tensor],
+    code: Mapping[str, int],
+    given: Mapping[str, Tensor],
+    schedule: tuple[Tensor, Tensor] | None,
+) -> dict[str, Tensor]:
+    """``course`` and ``held`` where some act has a time."""
+    if schedule is None or "course" not in given or "held" not in given:
+        raise InterventionError("the model has no time, so sustain(...), pulse(...) and at(...) mean nothing to it; leave the time out")
+    times, share = schedule
+    dose, course, held = values["dose"], given["course"], given["held"]
+    course = course.reshape(-1, *course.shape[-2:])[: dose.shape[-2] if dose.shape[-2] > 1 else None]
+    courses, holds = [], []
+    for k, intervention in enumerate(interventions):
+        c = course if intervention.doses is None else dose[k].unsqueeze(-2).to(course.dtype) * share.unsqueeze(-1)
+        h = held.reshape(-1, *held.shape[-2:])
+        c, h = c.clone(), h.clone()
+        for program, value in intervention.clamps:
+            h[..., cast("int", program)] = value
+        for start, stop, act in sorted(intervention.timed, key=lambda a: a[:2]):
+            _known(times, start, stop, act)
+            now = (times > start) & (times <= stop)
+            if act.doses == ():
+                c[:, now] = 0
+            for name, amount in act.doses or ():
+                c[:, now, code[name]] = amount
+            for program, value in act.clamps:
+                _in_range(cast("int", program), h.shape[-1])
+                h[:, now, cast("int", program)] = value
+        courses.append(c)
+        holds.append(h)
+    n = max(len(v) for v in (*courses, *holds))
+    return {name: torch.stack([v.expand(n, *v.shape[1:]) for v in each]) for name, each in (("course", courses), ("held", holds))}
+
+
+def _known(times: Tensor, start: float, stop: float, act: Intervention) -> None:
+    """Acts begin and end at times of the model."""
+    for time in (start, stop):
+        near = times[(times - time).abs().argmin()]
+        if time != float("inf") and abs(float(near) - time) > 1e-9 * max(1.0, abs(time)):
+            raise InterventionError(f"{act} was given the time {time:g}; the model has {', '.join(f'{t:g}' for t in times.tolist())}")
 
 
 def _edits(interventions: Sequence[Intervention]) -> dict[str, list[Any]]:

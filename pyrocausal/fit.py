@@ -2,6 +2,7 @@
 
 The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one fused Adam over a ``torch.nn.Module``. A guide may define
 
+- ``meet(model)``: called before the first run, by everything that makes or takes a pair; for guides that read the model's parameters;
 - ``initialise(model, data)``: called once before the first epoch;
 - ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
 - ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point;
@@ -36,6 +37,7 @@ from pyrocausal.elbo import ELBO, KLWeight
 from pyrocausal.errors import ContractError, DataError
 from pyrocausal.loading import Batch, batches, batches_by_condition, moment_batch
 from pyrocausal.optimiser import learning_rate_factor, learning_rates_of, parameter_groups
+from pyrocausal.restarts import best_of
 
 History: TypeAlias = pd.DataFrame
 
@@ -93,6 +95,8 @@ def fit(
     patience: int | None = 20,
     objective: str | PyroELBO = "exact",
     clip_norm: float | None = 100.0,
+    restarts: int = 1,
+    make: Callable[[int], tuple[Any, Any]] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     checkpoint: str | Path | None = None,
@@ -119,6 +123,9 @@ def fit(
             best state is kept. None never stops early.
         objective: ``"exact"`` (our ELBO), ``"parity"`` (the published objective, if the model has one), or any ``pyro.infer`` ELBO.
         clip_norm: bound on the norm of the gradient per cell.
+        restarts: fits from different starts, of which the held-out bound chooses (of a tenth of the cells, if there is no ``validation``);
+            all are in ``Fit.settings["restarts"]``.
+        make: ``make(seed)`` returns a new pair for a restart; pairs of ``pc.build`` need none.
         seed: of initialisation order, minibatches and draws. The caller's random state is left as it was.
         checkpoint: file to write the state to every ``checkpoint_every`` epochs and at the end.
         resume: go on from ``checkpoint`` if it exists.
@@ -132,6 +139,15 @@ def fit(
             damaged or belongs to another run.
     """
     _check(model, guide, data, max_epochs, batch_size, schedule)
+    if restarts != 1:
+        if restarts < 1:
+            raise ValueError(f"restarts={restarts} was given; it is the number of fits, at least 1")
+        same = {
+            "max_epochs": max_epochs, "batch_size": batch_size, "lr": lr, "learning_rates": learning_rates, "schedule": schedule,
+            "kl_warmup": kl_warmup, "patience": patience, "objective": objective, "clip_norm": clip_norm, "device": device,
+            "checkpoint": checkpoint, "checkpoint_every": checkpoint_every, "resume": resume, "callback": callback, "progress": progress,
+        }  # fmt: skip
+        return best_of(restarts, make, model, guide, data, validation, seed, same)
     train, held = _hold_out(data, validation, seed)
     device = torch.device(device)
     model.to(device)
@@ -145,6 +161,8 @@ def fit(
             cells = torch.as_tensor(train.cells_per_perturbation, dtype=torch.float32, device=device)
             estimator.cells_per_perturbation = cells
         loss_module = estimator(model, guide)
+        if hasattr(guide, "meet"):
+            guide.meet(model)
         if hasattr(guide, "initialise"):
             guide.initialise(model, train)
         _first_step(loss_module, model, guide, train, device)
@@ -164,7 +182,9 @@ def fit(
         )
         settled = max(warmup[1], getattr(guide, "settled", 0.0))
         by_moments = getattr(model, "batching", "cells") == "moments"
-        moments = moment_batch(train, getattr(model, "pooled", True), device=device) if by_moments else None
+        moments = None
+        if by_moments:
+            moments = moment_batch(train, getattr(model, "pooled", True), device=device, by_time=getattr(model, "by_time", False))
         try:
             while state.epoch < max_epochs and stopped == "max_epochs":
                 row = _epoch(

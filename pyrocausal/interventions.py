@@ -11,6 +11,9 @@ word                                       compiles to
 ``clamp(program, value)``                  ``{"clamp": ...}``: the program is held there, whatever acts on it; its descendants follow
 ``set_edge(a, b, weight)``, ``cut(a, b)``  ``{"graph": ...}`` with one weight changed, or set to zero
 ``shift(program, by)``                     a soft act: added to ``shift``, after what the dose of the same intervention does there
+``sustain(act, start)``                    from a time on: ``{"course": ...}`` (doses), ``{"held": ...}`` (clamps); models with time
+``pulse(act, start, stop)``                the same until a time; afterwards the cell has what it had before
+``at(time, act)``                          at that one time
 =========================================  =====================================================================================
 
 Interventions are values: ``a & b == b & a``, ``a & a == a``, and ``(a & b) & c == a & (b & c)``. A ``dose`` replaces the whole treatment
@@ -34,7 +37,7 @@ from pyro.poutine.do_messenger import DoMessenger
 from pyro.poutine.messenger import _context_wrap
 from torch import Tensor
 
-from pyrocausal.compile_sites import check_edges, compile_shift, compile_sites, edges_of, possible_edges
+from pyrocausal.compile_sites import check_edges, compile_shift, compile_sites, edges_of, possible_edges, schedule_of
 from pyrocausal.errors import InterventionError, nearest
 from pyrocausal.soft import Change, Soft
 
@@ -55,6 +58,7 @@ class Intervention:
         clamps: value at which each program is held, sorted by program.
         edges: weight that each edge (cause, effect) is given, 0 where it is cut, sorted.
         shifts: what is added to the shift of each program, sorted by program.
+        timed: (start, stop, act): doses and clamps during ``start < time <= stop`` only.
         words: the modality words that were used.
     """
 
@@ -65,6 +69,7 @@ class Intervention:
     clamps: tuple[tuple[Node, float], ...] = ()
     edges: tuple[tuple[tuple[Node, Node], float], ...] = ()
     shifts: tuple[tuple[Node, float], ...] = ()
+    timed: frozenset[tuple[float, float, Intervention]] = frozenset()
     words: frozenset[str] = field(default=frozenset(), compare=False)
 
     def __and__(self, other: Intervention) -> Intervention:
@@ -79,6 +84,7 @@ class Intervention:
             clamps=_union(self.clamps, other.clamps, "clamp"),
             edges=_union(self.edges, other.edges, "weight"),
             shifts=_union(self.shifts, other.shifts, "shift"),
+            timed=self.timed | other.timed,
             words=self.words | other.words,
         )
 
@@ -96,12 +102,14 @@ class Intervention:
         parts += [f"clamp {_said(d)} at {value}" for d, value in self.clamps]
         parts += [f"edge {a} -> {b} at {weight}" if weight else f"cut {a} -> {b}" for (a, b), weight in self.edges]
         parts += [f"shift {_said(d)} by {by}" for d, by in self.shifts]
+        parts += sorted(f"({act}) {_window(start, stop)}" for start, stop, act in self.timed)
         return " & ".join(parts)
 
     @property
     def perturbations(self) -> set[str]:
         """Names of all perturbations that the intervention mentions."""
-        return {n for n, _ in self.doses or ()} | {p for p, _ in self.flips} | set(self.silenced)
+        inner = set().union(*(act.perturbations for _, _, act in self.timed))
+        return {n for n, _ in self.doses or ()} | {p for p, _ in self.flips} | set(self.silenced) | inner
 
 
 def perturb(name: str, dose: float = 1.0, penetrance: float = 1.0) -> Intervention:
@@ -163,6 +171,39 @@ def cut(a: int | str, b: int | str) -> Intervention:
 def shift(program: int | str, by: float) -> Intervention:
     """Push a program by so much in every cell: added to ``shift``, beside what perturbations add. What acts on the program still does."""
     return Intervention(shifts=((_program(program), _finite(by, "shift", "by")),))
+
+
+def sustain(act: Intervention, start: float) -> Intervention:
+    """Doses and clamps from a time on (0, or whatever the first time is: from the beginning)."""
+    return _timed(act, _finite(start, "sustain", "start"), math.inf)
+
+
+def pulse(act: Intervention, start: float, stop: float) -> Intervention:
+    """Doses and clamps after ``start`` and up to ``stop``, with a wash-out afterwards; nothing if the two are the same time."""
+    start, stop = _finite(start, "pulse", "start"), _finite(stop, "pulse", "stop")
+    if stop < start:
+        raise InterventionError(f"start={start} and stop={stop} were given to pulse(...); a pulse ends when it began, or later")
+    return _timed(act, start, stop)
+
+
+def at(time: float, act: Intervention) -> Intervention:
+    """Doses during the interval that leads to a time of the model, clamps at that time."""
+    time = _finite(time, "at", "time")
+    return _timed(act, math.nextafter(time, -math.inf), time)
+
+
+def _timed(act: Intervention, start: float, stop: float) -> Intervention:
+    if replace(act, doses=None, clamps=(), penetrances=(), words=frozenset()) != Intervention():
+        raise InterventionError(f"{act} was given a time; doses and clamps have one, other acts are for all times")
+    if any(share != 1 for _, share in act.penetrances):
+        raise InterventionError(f"{act} was given a time and a penetrance; give doses that take in every cell")
+    return Intervention(timed=frozenset({(start, stop, act)}), words=act.words)
+
+
+def _window(start: float, stop: float) -> str:
+    if stop == math.inf:
+        return f"from {start:g} on"
+    return f"at {stop:g}" if start == math.nextafter(stop, -math.inf) else f"from {start:g} to {stop:g}"
 
 
 def parse(condition: str, separator: str = "+", control: str = "control") -> Intervention:
@@ -270,7 +311,12 @@ def _compiled(
     known = site_values(inner, batch)
     base = batch.dose.new_zeros(1, len(data.perturbations))
     shapes = {name: v for name, v in known.items() if name in ("clamp", "shift")}
-    out = compile_sites([value], coords["perturbation"], base, shapes | given, known, cyclic=getattr(inner, "cyclic", False))
+    if value.timed and value.doses is None:
+        raise InterventionError(f"{value} says when, but not what the cells have otherwise; add pc.untreated() & ... or a dose")
+    schedule = schedule_of(inner)
+    base_sites = {name: known[name].reshape(-1, *known[name].shape[-2:])[:1] for name in ("course", "held") if name in known}
+    cyclic = getattr(inner, "cyclic", False)
+    out = compile_sites([value], coords["perturbation"], base, shapes | base_sites | given, known, cyclic=cyclic, schedule=schedule)
     by = compile_shift([value], shapes, known)
     if value.edges:
         edges = possible_edges(inner, batch, {k: v for k, v in given.items() if k == "priority"})
@@ -278,7 +324,7 @@ def _compiled(
         check_edges(inner, [value], edges | edges_of(given["graph"]))
     if value.doses is None:
         out.pop("dose")
-    values = {name: v.reshape(v.shape[-1:] if name == "clamp" else v.shape[-2:]) for name, v in out.items()}
+    values = {name: v.reshape(v.shape[-1:] if name == "clamp" else v.shape[-2:]) for name, v in out.items()}  # cells have one value
     return values, None if by is None else by[0]
 
 
@@ -334,6 +380,7 @@ def resolve(intervention: Intervention, genes: Sequence[str] | None) -> Interven
         clamps=tuple(sorted((number(d), v) for d, v in intervention.clamps)),
         edges=tuple(sorted(((number(a), number(b)), w) for (a, b), w in intervention.edges)),
         shifts=tuple(sorted((number(d), v) for d, v in intervention.shifts)),
+        timed=frozenset((start, stop, resolve(act, genes)) for start, stop, act in intervention.timed),
     )
 
 

@@ -195,16 +195,22 @@ def batches_by_condition(
     return len(parts), minibatches()
 
 
-def moment_batch(data: PerturbationData, pooled: bool = True, weights: Tensor | None = None, device: torch.device | str = "cpu") -> Batch:
+def moment_batch(
+    data: PerturbationData,
+    pooled: bool = True,
+    weights: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    by_time: bool = False,
+) -> Batch:
     """The whole screen as one batch whose rows are its conditions: means in ``x`` [Q, d], the rest in ``moments``; float64.
 
     Args:
-        pooled, weights: as of :func:`pyrocausal.dynamics.stationary.condition_moments`.
+        pooled, weights, by_time: as of :func:`pyrocausal.dynamics.stationary.condition_moments`.
     """
     from pyrocausal.dynamics.stationary import condition_moments
 
-    dose, mean, moments = condition_moments(data, pooled, weights)
+    dose, mean, moments, time = condition_moments(data, pooled, weights, by_time)
     n = len(dose)
     ones, index = torch.ones(n, 1, dtype=mean.dtype), torch.arange(n)
-    batch = Batch(mean, dose, ones, torch.zeros(n, dtype=torch.int64), None, index, len(data), moments=moments)
+    batch = Batch(mean, dose, ones, torch.zeros(n, dtype=torch.int64), time, index, len(data), moments=moments)
     return batch if torch.device(device).type == "cpu" else batch.to(device)

@@ -34,9 +34,12 @@ RESERVED_DIMS = {
     "mask": ("perturbation", "latent"),
     "effect": ("perturbation", "latent"),
     "graph": ("latent", "latent_to"),
+    "lagged": ("latent", "latent_to"),
     "decay": ("latent",),
     "basal": ("latent",),
     "shift": ("latent",),
+    "course": ("time", "perturbation"),
+    "held": ("time", "latent"),
     "z": ("latent",),
     "clamp": ("latent",),
     "u": ("latent",),
@@ -56,6 +59,8 @@ def site_dims(fit: Fit) -> dict[str, tuple[str, ...]]:
             continue
         n = site["fn"].event_dim
         declared = site["infer"].get("event_dims") or RESERVED_DIMS.get(name, ())
+        if getattr(fit.model, "timed", False) and n == len(declared) + 1:
+            declared = ("time", *declared)
         if getattr(fit.model, "state", "program") == "gene":
             declared = tuple(d.replace("latent", "gene") for d in declared)
         out[name] = tuple(declared) if len(declared) == n else tuple(f"{name}_dim_{i}" for i in range(n))
@@ -136,6 +141,8 @@ def to_inference_data(
     names: dict[str, Any] = {k: fit.coords[k] for k in ("gene", "perturbation")} | {"epoch": epochs, "gene_to": fit.coords["gene"]}
     if cells is not None:
         names["cell"] = list(cells.cells)
+    if getattr(fit.model, "timed", False):
+        names["time"] = fit.model.times.tolist()  # type: ignore[operator]
     if hasattr(fit.model, "edge_index"):
         names["edge"] = [f"{j}->{k}" for j, k in fit.model.edge_index.T.tolist()]  # type: ignore[operator]
     for taken in {d for ds in all_dims.values() for d in ds} & set(groups["posterior"]):  # a site of its dimension's name
@@ -168,7 +175,7 @@ def deterministic_tables(fit: Fit, sampled: dict[str, np.ndarray], draws: int) -
             values = {k: torch.as_tensor(v[start:stop], device=device) for k, v in sampled.items()}
             values = {k: v[:, None, None] if vectorised else v[0] for k, v in values.items()}
             base = _run_base(fit.model, values, example, stop - start if vectorised else None)
-            for name in ("mask", "effect", "penetrance", "graph", "decay", "basal"):
+            for name in ("mask", "effect", "penetrance", "graph", "lagged", "decay", "basal"):
                 site = base.trace.nodes.get(name)
                 if site is None or not _deterministic(site) or any(f.name == "cell" for f in site["cond_indep_stack"]):
                     continue
@@ -227,6 +234,7 @@ def to_networkx(
     minimum: float = 0.1,
     minimum_edge: float = 0.1,
     n_genes: int = 15,
+    lag: int = 0,
     seed: int = 0,
 ) -> nx.DiGraph:
     """The fitted mechanism as a graph: perturbation -> program -> program -> gene.
@@ -236,6 +244,7 @@ def to_networkx(
         minimum: least size of a program's effect on a gene, in the unit of the edge, that counts as an effect.
         minimum_edge: least size of the weight between two programs that counts as an edge, where no site ``edge`` says whether it is one.
         n_genes: most genes per program.
+        lag: of the edges between programs: 0, or 1 for what a program does to the next time (sites ``graph`` and ``lagged``).
 
     Returns:
         ``nx.DiGraph`` whose nodes have ``kind`` (``perturbation``, ``program``, ``gene``; programs are named ``program 3``) and whose
@@ -260,6 +269,9 @@ def to_networkx(
     with _seeded(seed, fit):
         tables = global_draws(fit, draws)
         tables |= deterministic_tables(fit, tables, draws)
+        if lag not in (0, 1) or (lag == 1 and "lagged" not in tables):
+            raise InterventionError(f"lag={lag} was given; the model has edges of lag {'0 and 1' if 'lagged' in tables else '0 only'}")
+        tables |= {"graph": tables["lagged"]} if lag else {}
         if "effect" not in tables:
             raise InterventionError("the model samples no 'effect', so there are no edges from perturbations to programs to draw")
         moved = tables["effect"] * tables.get("mask", 1.0)
@@ -393,11 +405,12 @@ def _loadings(fit: Fit, draws: int, unit: str, programs: list[int]) -> np.ndarra
     parts = []
     for start, stop in _chunks(draws, size if vectorised else 1):
         base = _fresh(fit, stop - start if vectorised else None, n_cells)
-        if "shift" not in base.trace.nodes:
-            raise InterventionError("the model has no site 'shift', so its programs cannot be moved; declare it as a deterministic site")
         site = "u" if {"graph", "u"} <= set(base.trace.nodes) else "shift"
+        if site not in base.trace.nodes:
+            raise InterventionError("the model has no site 'shift', so its programs cannot be moved; declare it as a deterministic site")
         value = base.trace.nodes[site]["value"]
         steps = torch.eye(value.shape[-1], device=value.device, dtype=value.dtype)[programs, None]  # [programs, 1, D]
+        steps = steps.unsqueeze(-2) if getattr(fit.model, "timed", False) else steps  # at all times
         before = _population(base.law.mean.reshape(stop - start, 1, n_cells, -1), base.batch, unit)
         moved = [np.empty((stop - start, 0, before.shape[-1]), before.dtype)]
         for low, high in _chunks(len(programs), MAX_ROWS // (size * n_cells) if vectorised else 1):

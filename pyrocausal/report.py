@@ -20,7 +20,7 @@ import torch
 import xarray as xr
 
 from pyrocausal import evaluate
-from pyrocausal.collection import ENTRIES, build
+from pyrocausal.collection import ENTRIES, accepts, build
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, PyrocausalError, nearest
 from pyrocausal.fit import Fit, fit
@@ -116,7 +116,8 @@ def demo(
     labels = _scored(train, measured, knockouts)
     measured = measured.sel(intervention=labels)
     start = time.perf_counter()
-    pair = build(model, train, n_latent=n_latent, seed=seed)
+    size = {"n_latent": n_latent} if accepts(model, "n_latent") else {}  # a model over genes has no programs
+    pair = build(model, train, **size, seed=seed)
     epochs = max_epochs or default_epochs(len(train), batch_size)
     fitted = fit(*pair, train, max_epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
     if not len(fitted.history):

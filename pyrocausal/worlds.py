@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyrocausal.compile_sites import TABLES, as_table, compile_shift, compile_sites
+from pyrocausal.compile_sites import TABLES, as_table, compile_shift, compile_sites, schedule_of
 from pyrocausal.elbo import _deterministic
 from pyrocausal.errors import ContractError, InterventionError
 from pyrocausal.interventions import Intervention
@@ -221,7 +221,7 @@ def intervened_law(
     for name in values.keys() - {"dose"}:
         before = as_table(sites[name]) if name in TABLES else sites[name]
         equal = (values[name] == before) | (values[name].isnan() & before.isnan())
-        same = same & (equal.all(-1).all(-1) if name in TABLES else equal.all(-1))
+        same = same & (equal.all(-1).all(-1) if name in (*TABLES, "course", "held") else equal.all(-1))
     if by is not None:
         same = same & (by == 0).all(-1)
     return law, same
@@ -233,7 +233,8 @@ def compiled(
     """Values of the sites in the base world, what ``pyro.do`` sets in the K worlds, and what is added to ``shift``."""
     sites = {name: s["value"] for name, s in base.trace.nodes.items() if s["type"] == "sample" and not (name == "mask" and _targetless(s))}
     cyclic = getattr(model, "cyclic", False)
-    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform, cyclic)
+    schedule = schedule_of(model)
+    values = compile_sites(interventions, perturbations, base.batch.dose, sites, sites, base.uniform, cyclic, schedule)
     by = compile_shift(interventions, sites, sites)
     return sites, values, by
 

@@ -91,8 +91,8 @@ def test_weights_are_repeated_cells():
     adata = linear_sde_screen(n_genes=4, n_perturbed=2, cells_per_perturbation=10, degree=2, seed=1)
     data = pc.PerturbationData.from_anndata(adata, kind="normalised")
     times = np.random.default_rng(0).integers(1, 4, len(data))
-    _, mean, moments = condition_moments(data, weights=torch.tensor(times))
-    _, mean_2, moments_2 = condition_moments(data[np.repeat(np.arange(len(data)), times)])
+    _, mean, moments, _ = condition_moments(data, weights=torch.tensor(times))
+    _, mean_2, moments_2, _ = condition_moments(data[np.repeat(np.arange(len(data)), times)])
     assert (
         torch.allclose(mean, mean_2) and torch.allclose(moments.within, moments_2.within) and torch.equal(moments.weight, moments_2.weight)
     )

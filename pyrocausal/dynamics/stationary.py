@@ -46,18 +46,24 @@ class Moments:
     within: Tensor
 
 
-def condition_moments(data: PerturbationData, pooled: bool = True, weights: Tensor | None = None) -> tuple[Tensor, Tensor, Moments]:
-    """Treatments [Q, P], means [Q, d] and :class:`Moments` of the conditions of a screen, in float64.
+def condition_moments(
+    data: PerturbationData, pooled: bool = True, weights: Tensor | None = None, by_time: bool = False
+) -> tuple[Tensor, Tensor, Moments, Tensor | None]:
+    """Treatments [Q, P], means [Q, d], :class:`Moments`, and times [Q] or None, of the conditions of a screen, in float64.
 
     Args:
         pooled: one covariance for all conditions (as a shift leaves it), or one for each.
         weights: of the cells, [n_cells]; one each if None.
+        by_time: cells of one treatment at different times are different conditions.
 
     Raises:
         DataError: if the pooled covariance is singular (fewer cells than genes, or a gene without variance).
     """
-    labels = data.conditions
-    code = torch.as_tensor(pd.Categorical(data.labels, categories=labels).codes.astype(np.int64))
+    codes = pd.Categorical(data.labels, categories=data.conditions).codes.astype(np.int64)
+    if by_time and data.time is not None:
+        codes = codes * (1 + len(data)) + np.unique(data.time, return_inverse=True)[1]
+    labels, codes = np.unique(codes, return_inverse=True)
+    code = torch.as_tensor(codes)
     x = torch.as_tensor(data.dense(np.float64))
     w = torch.ones(len(data), dtype=x.dtype) if weights is None else weights.to(x.dtype)
     size = torch.zeros(len(labels), dtype=x.dtype).index_add(0, code, w)
@@ -71,7 +77,8 @@ def condition_moments(data: PerturbationData, pooled: bool = True, weights: Tens
         within = torch.stack([centred[code == q].T @ centred[code == q] / size[q] for q in range(len(labels))])
     first = np.unique(code.numpy(), return_index=True)[1]
     dose = torch.as_tensor(data.dose[first].toarray(), dtype=x.dtype)
-    return dose, mean, Moments(size, within)
+    time = torch.as_tensor(data.time[first].astype(np.float64)) if by_time and data.time is not None else None
+    return dose, mean, Moments(size, within), time
 
 
 def stable_drift(factor: Tensor, curl: Tensor, diffusion: Tensor) -> Tensor:
