@@ -35,7 +35,7 @@ from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Standardise
 
 EXTRA = 10  # principal components beyond as many as there are programs and invariant coordinates, for the noise
-STEPS = 1000  # of the linear start
+STEPS = 800  # of the linear start
 FINAL = 0.1  # temperature of learned targets at the end
 ANNEALED = 0.6  # share of the training after which it is reached
 
@@ -113,10 +113,12 @@ class CITEVAE(PyroModule):
         centred, m = x - x.mean(0), len(model.loadings)
         _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
         spread = spread / len(x) ** 0.5
-        k = min(m, len(spread))
-        turn = torch.linalg.qr(torch.randn(m, m, dtype=x.dtype))[0][:, :k]
+        k, wide = min(m, len(spread)), min(len(model.basis), len(spread))
+        model.basis.zero_()
+        model.basis[:wide] = spread[:wide, None].clamp_min(1e-3 * spread[0]) * axes[:wide]
+        model.turn.data.zero_()
+        model.turn.data[:, :k] = torch.linalg.qr(torch.randn(m, m, dtype=x.dtype))[0][:, :k]
         explained = spread[:k, None] * axes[:k]
-        model.loadings.data.copy_(turn @ explained)
         left = (centred.square().mean(0) - explained.square().sum(0)).clamp_min(1e-4 * centred.square().mean(0)).clamp_min(1e-8)
         model.bias.data.copy_(x[control].mean(0) if bool(control.any()) else x.mean(0))
         if model.likelihood.name == "gaussian":
@@ -126,11 +128,12 @@ class CITEVAE(PyroModule):
         more = min(m + EXTRA, len(spread))
         start = self._linear_start(model, data, centred @ axes[:more].T)
         for name, value in start.named_parameters():
-            if name not in ("bias", "loadings") and not name.startswith("likelihood"):
+            if name not in ("bias", "turn") and not name.startswith("likelihood"):
                 model.get_parameter(name).data.copy_(value)
         model.target_logits.data.div_(FINAL)  # it has sharpened
         W, precision = start.loadings.detach(), start.precision.detach()
-        model.loadings.data.copy_(W @ axes[:more])
+        model.turn.data.zero_()
+        model.turn.data[:, :more] = W / spread[:more].clamp_min(1e-3 * spread[0])
         if model.likelihood.is_counts:
             rate = torch.as_tensor(data.dense(np.float64)) / torch.as_tensor(data.library_size.astype(np.float64))[:, None]
             model.bias.data.copy_((rate.mean(0) + 1e-6).log())
@@ -163,7 +166,7 @@ class CITEVAE(PyroModule):
             start = type(model)(k, P, D, n_w, model.times.tolist(), **settings)
         guide = type(self)(k, P, D, n_w)
         seed = int(torch.randint(2**31, ()))
-        fit(start, guide, linear, max_epochs=STEPS, lr=1e-2, kl_warmup=0.0, seed=seed, progress=False)
+        fit(start, guide, linear, max_epochs=STEPS, lr=3e-2, kl_warmup=0.0, seed=seed, progress=False)
         return start
 
     def after_step(self, model: Any, batch: Batch, done: float) -> None:

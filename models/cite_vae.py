@@ -63,6 +63,7 @@ from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP
 
 Weights = Literal["gated", "sparse", "free"]
+BASIS = 50  # principal axes beyond as many as there are coordinates that loadings may use
 FLOOR = 1e-3  # least standard deviation of Gaussian noise
 
 
@@ -84,6 +85,7 @@ class CITEVAE(PyroModule):
     timed: ClassVar = True
     times: Tensor
     temperature: Tensor
+    basis: Tensor
 
     def __init__(
         self,
@@ -130,7 +132,9 @@ class CITEVAE(PyroModule):
             [] if gated else [nn.Parameter(0.01 * torch.randn(P, n, D, **double)) for n in (D, D, n_w)]
         )  # of L, B, C
         self.bias = nn.Parameter(torch.zeros(n_genes, **double))
-        self.loadings = nn.Parameter(torch.randn(n_w + D, n_genes, **double) / math.sqrt(n_w + D))
+        k = min(n_genes, n_w + D + BASIS)
+        self.turn = nn.Parameter(torch.randn(n_w + D, k, **double) / math.sqrt(n_w + D))
+        self.register_buffer("basis", torch.eye(k, n_genes, **double))  # principal axes, as long as the expression spreads along them
         self.rest = MLP(n_w + D, n_genes, n_hidden, n_layers).double() if decoder == "mlp" else None
         self.likelihood = Likelihood(likelihood, n_genes, floor=FLOOR).double()
         self.data_kind = "counts" if self.likelihood.is_counts else "normalised"
@@ -142,6 +146,11 @@ class CITEVAE(PyroModule):
     def schedule(self) -> Tensor:
         """Share of the dose that cells have until each time, [T + 1]: none at the first, unless it is the only one."""
         return torch.ones_like(self.times) if len(self.times) == 1 else (torch.arange(len(self.times)) > 0).to(self.times)
+
+    @property
+    def loadings(self) -> Tensor:
+        """W, [I + D, G], in the units of the expression's own spread, so that no direction is stiff."""
+        return self.turn @ self.basis
 
     @property
     def precision(self) -> Tensor:

@@ -14,6 +14,7 @@ nonlinear; ``linear``                         identified           up to permuta
 any; ``anchored``                             identified           identified                          the anchors, and the given order
 linear diffusion of d genes, k targeted       identified           k = d: identified; else in part     on-target action, and a sparse prior
 score field                                   identified           not identified                      --
+programs over time, gated weights             identified           up to permutation and scale         every program cut off by some target
 no graph                                      identified           no edges; clamps need anchors       --
 ============================================  ===================  ==================================  ==================================
 
@@ -97,6 +98,9 @@ def identifiability(model: Any, batch: Batch | None = None, seed: int = 0) -> Id
     if getattr(getattr(model, "model", model), "state", "program") == "gene":
         status, because = _diffusion(getattr(model, "model", model), getattr(model, "cells_per_perturbation", None))
         return Identifiability((shift, Verdict("clamp", status, because), Verdict("edge", status, because)), None)
+    if getattr(getattr(model, "model", model), "timed", False):
+        status, because = _course(getattr(model, "model", model))
+        return Identifiability((shift, Verdict("clamp", status, because), Verdict("edge", status, because)), None)
     batch = _example(model) if batch is None else batch.hide()
     model = getattr(model, "model", model)
     sites = _sites(model, batch)
@@ -145,6 +149,19 @@ def _diffusion(model: Any, cells: Any) -> tuple[str, str]:
     if left:
         return "in part", f"{known}; the sparse prior on edges decides those, and assumes few edges and mostly on-target action"
     return "identified", f"{known}; assumes a linear diffusion at stationarity and mostly on-target action"
+
+
+@torch.no_grad()
+def _course(model: Any) -> tuple[str, str]:
+    """Clamps and edges of programs over time."""
+    if model.weights == "free":
+        return "not identified", "free weights fit as well after any linear mixing of the programs; use weights='gated'"
+    lost = int((model.mask.max(0).values < 0.5).sum())
+    if lost:
+        return "in part", f"{lost} of {model.shape[1]} programs are the target of no perturbation, and may be mixed"
+    few = "; the lagged weights are not, of fewer than three times" if len(model.times) < 3 and model.lag else ""
+    why = "every program is cut from its parents by some perturbation; assumes one decoder for all times and independent Gaussian noise"
+    return "up to permutation and scale", why + few
 
 
 @torch.no_grad()

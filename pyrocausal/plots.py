@@ -9,6 +9,7 @@ import numpy as np
 import xarray as xr
 from numpy.typing import NDArray
 
+from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.fit import Fit
 
@@ -156,6 +157,55 @@ def dose_curves(response: xr.Dataset, perturbation: str, genes: Sequence[str], m
     ax.set_title(perturbation, fontsize=10, loc="left", fontweight="bold")
     ax.legend(frameon=False, fontsize=8)
     return _clean(ax)
+
+
+def time_courses(
+    course: xr.Dataset, intervention: str, names: Sequence[str | int], data: PerturbationData | None = None, ax: Any = None
+) -> Any:
+    """Expression of genes (or programs, by number) over time under an intervention, with 90 % bands over draws.
+
+    Args:
+        course: of :func:`pyrocausal.trajectory` for a population.
+        data: cells with times; the means of those with this treatment are drawn beside the curves, with 90 % intervals.
+    """
+    _known(intervention, course, "intervention")
+    for name in names:
+        if isinstance(name, str):
+            _known(name, course, "gene")
+    ax = _axes(ax, (5.6, 3.4))
+    times = course["time"].to_numpy()
+    measured = None if data is None or data.time is None else _means_over_time(data, intervention, str(course.attrs["unit"]))
+    for i, name in enumerate(names):
+        colour, program = CURVES[i % len(CURVES)], not isinstance(name, str)
+        table = course["program"].isel(latent=int(name)) if program else course["expression"].sel(gene=name)
+        low, mid, high = np.quantile(table.sel(intervention=intervention), [0.05, 0.5, 0.95], axis=0)
+        ax.fill_between(times, low, high, color=colour, alpha=0.2, lw=0)
+        ax.plot(times, mid, color=colour, lw=1.5, label=f"program {name}" if program else name)
+        if measured is not None and data is not None and not program:
+            at, mean, width = measured
+            g = data.genes.get_loc(name)
+            ax.errorbar(at, mean[:, g], NORMAL_90 * width[:, g], fmt="o", color=colour, ms=3.5, mfc="white", lw=1)
+    ax.set(xlabel="time", ylabel="program" if all(not isinstance(n, str) for n in names) else UNITS.get(course.attrs["unit"], ""))
+    ax.set_title(intervention, fontsize=10, loc="left", fontweight="bold")
+    ax.legend(frameon=False, fontsize=8)
+    return _clean(ax)
+
+
+def _means_over_time(data: PerturbationData, label: str, unit: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+    """Times at which cells had a treatment, their means and standard errors, [T], [T, G], [T, G]; before the first time, the controls."""
+    assert data.time is not None
+    x = data.dense(np.float64)
+    if unit in ("log1p_cp10k", "rate"):
+        x = x / data.library_size[:, None]
+    first = data.time.min()
+    rows = [(t, (data.time == t) & ((data.labels == label) | ((t == first) & data.is_control))) for t in np.unique(data.time)]
+    rows = [(t, here) for t, here in rows if here.sum() > 1]
+    at = np.array([t for t, _ in rows])
+    mean = np.array([x[here].mean(0) for _, here in rows])
+    error = np.array([x[here].std(0, ddof=1) / here.sum() ** 0.5 for _, here in rows])
+    if unit == "log1p_cp10k":
+        mean, error = np.log1p(1e4 * mean), 1e4 * error / (1 + 1e4 * mean)
+    return at, mean, error
 
 
 def predicted_vs_measured(

@@ -95,7 +95,7 @@ def course_screen(
             obs += [("+".join(names[p] for p in treatment) or "control", float(last))] * n
     x, u, w = (np.concatenate(each) for each in zip(*parts, strict=True))
     frame = pd.DataFrame(obs, columns=["perturbation", "time"], index=[f"cell{i}" for i in range(len(obs))])
-    adata = ad.AnnData(x.astype(np.float32), frame, pd.DataFrame(index=[f"gene{g}" for g in range(G)]))
+    adata = ad.AnnData(x.astype(np.float32), frame, pd.DataFrame(index=[f"gene{g:0{len(str(G - 1))}d}" for g in range(G)]))
     adata.obsm["u"], adata.obsm["w"] = u.astype(np.float32), w.astype(np.float32)
     adata.uns["X_kind"] = "normalised"
     truth = {"instant": L, "lagged": B, "invariant": C, "mean": b, "targets": m, "effect": dmu, "variance": v}
