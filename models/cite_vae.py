@@ -10,7 +10,7 @@ the interval that leads to time t::
     keep  = prod_p (1 - c_tp m_p)                         m_p: the programs that p targets lose their parents
     mu    = keep b + sum_p c_tp m_p dmu_p,                log sd^2 = keep s + sum_p c_tp m_p ds_p
     u_t   = u_t L + u_{t-1} B + w C + mu + sd z_t         "steps"; columns of L, B, C times keep; L strictly upper triangular
-    du    = (u (B - diag(decay)) + w C + mu) dt + sd dW   "ou", for irregular times; B off the diagonal, columns times keep
+    du    = (u (B - diag(decay)) + w C + mu) dt + sd dW   "ou", for irregular times, in units of their mean distance; B off the diagonal
     w, z_t ~ Normal(0, I)
     eta   = decoder(w, u_t),    x ~ Normal(eta, sigma^2),  or NB(library_size softmax(eta), theta)
 
@@ -143,6 +143,12 @@ class CITEVAE(PyroModule):
         self.pooled, self.by_time = False, True
 
     @property
+    def clock(self) -> Tensor:
+        """Times in units of their mean distance, in which the rates of ``"ou"`` are."""
+        first, last = self.times[0], self.times[-1]
+        return (self.times - first) * ((len(self.times) - 1) / (last - first).clamp_min(1e-12))
+
+    @property
     def schedule(self) -> Tensor:
         """Share of the dose that cells have until each time, [T + 1]: none at the first, unless it is the only one."""
         return torch.ones_like(self.times) if len(self.times) == 1 else (torch.arange(len(self.times)) > 0).to(self.times)
@@ -196,7 +202,7 @@ class CITEVAE(PyroModule):
 
     def steps(self, mechanism: Mechanism, course: Tensor, held: Tensor) -> list[Step]:
         """Steps of R courses [R, T + 1, P]."""
-        return steps_of(mechanism, course, held, self.times, self.transition)
+        return steps_of(mechanism, course, held, self.clock, self.transition)
 
     def at(self, time: Tensor | None, n: int) -> Tensor:
         """Position of each cell's time among the model's, [n]; the last without times."""
