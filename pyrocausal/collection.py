@@ -41,6 +41,13 @@ ENTRIES = {
     "linear_lcd": Entry("LinearLCD", "LinearLCD", "Lorch et al. 2026", "effects, pairs, doses, directed gene network, clamps, transients"),
     "lcd": Entry("LCD", "LCD", "Lorch et al. 2026", "effects, pairs, doses, counterfactuals; a score field, no direction"),
     "cite_vae": Entry("CITEVAE", "CITEVAE", "Jiang et al. 2026, rebuilt", "trajectories, acts with a when, targets, lagged network"),
+    "perturbed_vae": Entry(
+        "CITEVAE",
+        "CITEVAE",
+        "PerturbedVAE 2026",
+        "effects, pairs; its companion paper's class, one time, free weights",
+        (("times", (0.0,)), ("lag", False), ("weights", "free")),
+    ),
     "cpa_vae": Entry(
         "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "as sams_vae, every perturbation moves every program", (("dense", True),)
     ),

@@ -238,6 +238,20 @@ def test_counts_and_a_network_for_a_decoder(transition):
     assert report, str(report)
 
 
+def test_the_static_special_case_predicts_the_changes_that_it_saw():
+    """Free weights: every condition has a law of its own, so that the changes of the fit are those of the cells."""
+    adata = course_screen(cells_per_condition=300, n_perturbations=4, times=2, seed=1)
+    data = pc.PerturbationData.from_anndata(adata[(adata.obs["time"] == 1).to_numpy()].copy())
+    model, guide = pc.build("perturbed_vae", data, n_latent=3, n_invariant=2)
+    fit = pc.fit(model, guide, data, max_epochs=400, lr=3e-2, kl_warmup=0.0)
+    names = [str(p) for p in data.perturbations]
+    found = pc.effects(fit, names, draws=20, cells=256)["effect"].mean("draw").to_numpy()
+    x = data.dense()
+    true = np.stack([x[data.labels == p].mean(0) - x[data.is_control].mean(0) for p in names])
+    assert np.linalg.norm(found - true) < 0.1 * np.linalg.norm(true)
+    assert pc.identifiability(fit)["edge"].status == "not identified"
+
+
 def test_restarts_are_judged_by_held_out_cells():
     data = pc.PerturbationData.from_anndata(course_screen(cells_per_condition=30, n_perturbations=3, seed=1), time_key="time")
 

@@ -29,7 +29,8 @@ def mechanism(seed=0, lag=True, free=False):
         mean=normal(D),
         log_var=0.3 * normal(D),
         start=(normal(W, D), normal(D), normal(D, D)),
-        mask=torch.zeros(P, D, dtype=F64) if free else (torch.rand(P, D, generator=g) < 0.4).to(F64),
+        cuts=not free,
+        mask=torch.ones(P, D, dtype=F64) if free else (torch.rand(P, D, generator=g) < 0.4).to(F64),
         mean_change=normal(P, D),
         log_var_change=0.2 * normal(P, D),
         free=(0.5 * normal(P, D, D).triu(1), 0 * normal(P, D, D), normal(P, W, D)) if free else None,
@@ -100,8 +101,8 @@ def test_the_special_case_is_the_companion_paper():
     w = torch.randn(W, dtype=F64)
     for p in range(P):
         back = torch.linalg.inv(torch.eye(D, dtype=F64) - m.instant - m.free[0][p])
-        mean = (w @ (m.invariant + m.free[2][p]) + m.mean) @ back
-        covariance = back.T @ torch.diag(m.log_var.exp()) @ back
+        mean = (w @ (m.invariant + m.free[2][p]) + m.mean + m.mean_change[p]) @ back
+        covariance = back.T @ torch.diag((m.log_var + m.log_var_change[p]).exp()) @ back
         assert (w @ step.invariant[p] + step.offset[p] - mean).abs().max() < 1e-12
         assert (step.noise[p].T @ step.noise[p] - covariance).abs().max() < 1e-12
 

@@ -33,6 +33,7 @@ class Mechanism(NamedTuple):
         invariant: C, [I, D]. mean: b, [D]. log_var: s, [D].
         start: how programs start at the first time, ``u_0 = w C_0 + b_0 + z_0 N_0``: [I, D], [D], [D, D] (``"ou"``).
         mask: m, [P, D]. mean_change: dmu, [P, D]. log_var_change: ds, [P, D].
+        cuts: whether targets lose their parents (``keep`` as above; otherwise it is 1).
         free: changes of L, B and C by each perturbation, [P, D, D], [P, D, D], [P, I, D]; None where weights are gated only.
     """
 
@@ -46,6 +47,7 @@ class Mechanism(NamedTuple):
     mask: Tensor
     mean_change: Tensor
     log_var_change: Tensor
+    cuts: bool = True
     free: tuple[Tensor, Tensor, Tensor] | None = None
 
 
@@ -74,7 +76,8 @@ def steps_of(m: Mechanism, course: Tensor, held: Tensor, times: Tensor, transiti
 
 
 def _step(m: Mechanism, c: Tensor, held: Tensor, times: Tensor, t: int, transition: Transition) -> Step:
-    keep = (1 - c.unsqueeze(-1) * m.mask).clamp_min(0).prod(-2)  # [R, D]
+    kept = (1 - c.unsqueeze(-1) * m.mask).clamp_min(0).prod(-2)  # [R, D]
+    keep = kept if m.cuts else torch.ones_like(kept)
     mu = keep * m.mean + c @ (m.mask * m.mean_change)
     sd = (0.5 * (keep * m.log_var + c @ (m.mask * m.log_var_change))).exp()
     L, B, C = (weight * keep.unsqueeze(-2) for weight in (m.instant, m.lagged, m.invariant))
