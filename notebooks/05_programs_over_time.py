@@ -72,7 +72,7 @@ asked = {
     "until time 1, then washed out": pc.untreated() & pc.pulse(pc.perturb(name), 0.0, 1.0),
     "from time 2 on": pc.untreated() & pc.sustain(pc.perturb(name), 2.0),
 }
-course = pc.trajectory(fit, asked, draws=20)
+course = pc.trajectory(fit, asked, draws=10, n_cells=1000)
 figure, axes = plt.subplots(1, 3, figsize=(12, 3.2), sharey=True)
 for ax, key in zip(axes, asked, strict=True):
     plots.time_courses(course, key, [0, 1, 2], ax=ax)
@@ -81,7 +81,7 @@ for ax, key in zip(axes, asked, strict=True):
 # The same perturbation, gene by gene, against the cells of each time.
 
 # %%
-_ = plots.time_courses(course, name, ["gene00", "gene03", "gene07"], train)
+plots.time_courses(course, name, ["gene00", "gene03", "gene07"], train).figure
 
 # %% [markdown]
 # ## Pairs that no cell had
@@ -136,4 +136,5 @@ for lag, ax in enumerate(axes):
     )
     labels = {e: f"{w:.1f}" for e, w in nx.get_edge_attributes(programs, "mean").items() if e[0] != e[1]}
     nx.draw_networkx_edge_labels(programs, place, labels, ax=ax, font_size=8)
+    ax.margins(0.25)
     ax.set_title("within a time" if lag == 0 else "from one time to the next")

@@ -34,7 +34,8 @@ def trajectory(
     Args:
         cells: the measured cells whose paths are asked for (rung 3); None for a population of fresh ones (rung 2). A cell was seen once:
             each draw is a path that may have led through what was seen, and the spread of the draws is what the snapshot leaves open.
-        draws: posterior draws; of the population, each with ``n_cells`` fresh cells, the same in all worlds.
+        draws: posterior draws; of the population, each with ``n_cells`` fresh cells, the same in all worlds. Where the fit has point
+            estimates (``cite_vae``), draws of the population differ by their cells only.
         units: as of :mod:`pyrocausal.query`.
 
     Returns:
