@@ -1,12 +1,19 @@
-"""Guide of CITE-VAE: the exogenous state of a cell from one glimpse of it.
+"""Guide of CITE-VAE: the exogenous state of a cell from what was seen of it, once or at several times.
 
-The cell shows ``s = (w, u_t)`` at its own time with some noise, and ``s = z A + k`` is linear in its exogenous state, so that::
+What is seen, ``s_f = (w, u_f) = z A_f + k_f``, is linear in the exogenous state, so that::
 
-    q(z_n | x_n) ~ Normal(z_n; 0, I) Normal(a_n; z_n A_n + k_n, diag(v_n)^-1)
+    q(z_n | x_n) ~ Normal(z_n; 0, I) prod_f Normal(a_nf; z_n A_nf + k_nf, diag(v_nf)^-1)
 
-is Gaussian, knows the treatment through A and k, and leaves the path before the glimpse as uncertain as the model says. With a linear
-decoder and Gaussian noise the glimpse is the expression itself, ``x ~ Normal(bias + s W, sigma^2)``, and q is the exact posterior;
-otherwise an encoder gives a_n and v_n from the expression alone, never from the treatment.
+is Gaussian, knows the treatment through A and k, and leaves the path before the first glimpse as uncertain as the model says. With a linear
+decoder and Gaussian noise, or through an exact bijection, the glimpse is the expression itself and q is the exact posterior; otherwise an
+encoder gives a_nf and v_nf from the expression alone, never from the treatment.
+
+Under a transition by networks the state is walked forward: each glimpse, of precision v, is combined with the prior of the noise given the
+path so far (:mod:`pyrocausal.dynamics.walk`); times that were not seen have guesses from what was. A whole path through a bijection leaves
+nothing open: q is a point.
+
+``alignment`` pulls the encoder's w of treated and control cells together (the companion paper's fourth equation): ``"cells"`` for random
+pairs, as published, which also pays for the spread of w within a group; ``"means"`` for the means of the two groups.
 
 Programs start from the principal axes of the expression, turned at random; ``fit(restarts=...)`` tries several turns. Counts and networks
 start from a linear fit to the principal components.
@@ -15,6 +22,7 @@ start from a linear fit to the principal components.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -27,10 +35,10 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrocausal.data import PerturbationData
-from pyrocausal.dynamics.course import distinct
-from pyrocausal.dynamics.snapshots import glimpsed
-from pyrocausal.errors import DataError
-from pyrocausal.likelihood import LikelihoodName
+from pyrocausal.dynamics.hits import ways
+from pyrocausal.dynamics.sight import Seen, glimpsed, posterior
+from pyrocausal.dynamics.walk import Walk
+from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Standardise
 
@@ -49,67 +57,144 @@ class CITEVAE(PyroModule):
         n_perturbations: int,
         n_latent: int = 6,
         n_invariant: int = 6,
-        likelihood: LikelihoodName = "gaussian",
+        times: Sequence[float] = (0.0, 1.0),
+        likelihood: Literal["negative_binomial", "poisson", "gaussian", "flow"] = "gaussian",
+        transition: Literal["steps", "ou", "mlp", "flow"] = "steps",
         decoder: Literal["linear", "mlp"] = "linear",
+        penetrance: Literal["full", "learned"] = "full",
+        alignment: float = 0.0,
+        aligned: Literal["means", "cells"] = "means",
         n_encoder: int = 128,
     ) -> None:
         super().__init__()
-        self.exact = decoder == "linear" and likelihood == "gaussian"
+        networks = transition in ("mlp", "flow")
+        self.exact = (decoder == "linear" and likelihood == "gaussian" and not networks) or likelihood == "flow"
+        self.alignment, self.aligned, self.walks = alignment, aligned, networks
+        self.starts = not self.exact or likelihood == "flow"  # from a linear fit
+        if alignment and (self.exact or aligned not in ("means", "cells")):
+            raise PyrocausalError(
+                f"alignment={alignment} with aligned={aligned!r} was given; it is for pairs with an encoder (counts or networks), and "
+                "aligns 'means' or 'cells'"
+            )
         self.settled = ANNEALED
         self.learning_rates = {"target_logits": 3.0}
+        if penetrance == "learned":
+            self.penetrance_logits = nn.Parameter(torch.full((n_perturbations,), 2.0, dtype=torch.float64))
         if not self.exact:
+            s, T = n_latent + n_invariant, len(times)
             self.standardise = Standardise(n_genes, log=likelihood != "gaussian").double()
-            self.linear = nn.Linear(n_genes, n_latent + n_invariant).double()
-            self.network = MLP(n_genes, 2 * (n_latent + n_invariant), n_encoder, 2, layer_norm=True).double()
-            nn.init.zeros_(self.network.last.weight)
-            nn.init.zeros_(self.network.last.bias)
+            self.linear = nn.Linear(n_genes, s).double()
+            self.network = MLP(n_genes, 2 * s, n_encoder, 2, layer_norm=True).double()
+            self.guess = MLP(s + n_perturbations + T, 2 * T * n_latent, n_encoder, 1).double() if networks else None
+            for network in (self.network, self.guess):
+                if network is not None:
+                    nn.init.zeros_(network.last.weight)
+                    nn.init.zeros_(network.last.bias)
         self._model: list[Any] = []  # not a submodule: the model's parameters stay the model's
 
     def forward(self, batch: Batch) -> None:
-        if batch.x is None or batch.moments is not None:
+        model = self.model
+        if model.penetrance_prior:
+            pyro.sample("penetrance", dist.Delta(self.penetrance_logits.sigmoid(), event_dim=1))
+        if batch.x is None or batch.moments is not None or (batch.collapsed and model.collapses):
             return
         with batch.cells():
-            pyro.sample("z", self.posterior(batch))
+            dose = batch.dose.to(model.times.dtype)
+            if model.penetrance_prior:
+                dose = dose * pyro.sample("hit", dist.Bernoulli(self._taken(batch)).to_event(1))
+            pyro.sample("z", self.posterior(batch, dose))
 
-    def posterior(self, batch: Batch) -> Any:
-        """``q(z | x)``, batch shape [n], event [I + (T + 1) D]."""
-        from pyrocausal.models.cite_vae import seen
-
+    @property
+    def model(self) -> Any:
         if not self._model:
             raise DataError("the guide does not know its model yet; call guide.meet(model), as pc.build and pc.fit do")
-        model = self._model[0]
-        assert batch.x is not None
-        dtype, T = model.times.dtype, len(model.times)
-        course = batch.dose.to(dtype).unsqueeze(-2) * model.schedule[:, None]
-        held = course.new_full((len(batch), T, model.shape[1]), torch.nan)
-        rows, holds, row = distinct(course, held)
-        A, k = seen(model.steps(model.mechanism(*model.tables()), rows, holds), row, model.at(batch.time, len(batch)), model.n_invariant)
-        x = batch.x.to(dtype)
+        return self._model[0]
+
+    def posterior(self, batch: Batch, dose: Tensor) -> Any:
+        """``q(z | x)`` of cells in which the treatment ``dose`` [n, P] took, batch shape [n], event [I + (T + 1) D]."""
+        model, look = self.model, self.model.look(batch)
+        course = dose.unsqueeze(-2) * model.schedule[:, None]
+        mechanism, x = model.mechanism(*model.tables()), model.shown(batch)
+        if model.whole:
+            w, z, _ = model.whole_path(mechanism, course, look).abduct(x)
+            return dist.Delta(torch.cat([w, z.flatten(1)], 1), event_dim=1)
         if self.exact:
-            precision = model.precision
-            W = model.loadings
-            pull = (x - model.bias) * precision  # of s: W diag(precision) W'
-            return _from_expression(A, k, W, precision, pull)
+            return posterior(model.sight_of(mechanism, course, look), x if model.warp is None else model.warp(x)[0], model.observation)
+        value, log_v = self.glimpse(x)
+        if batch.partner is not None and self.alignment:
+            self._align(value, batch.partner.to(x.dtype), look)
+        if not self.walks:
+            return glimpsed(model.sight_of(mechanism, course, look), value, log_v.exp())
+        return self._walk(mechanism, course, look, value, log_v)
+
+    def glimpse(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Where (w, u) are and the logarithm of how precisely, [..., I + D] each, from expression [..., G]."""
         h = self.standardise(x)
         a, log_v = self.network(h).chunk(2, -1)
-        return glimpsed(A, k, self.linear(h) + a, log_v.clamp(-6, 8).exp())
+        return self.linear(h) + a, log_v.clamp(-6, 8)
+
+    def _walk(self, mechanism: Any, course: Tensor, look: Tensor, value: Tensor, log_v: Tensor) -> Walk:
+        """The path of cells, from glimpses [n, F, I + D] where there are any."""
+        model, n_w, (_, D) = self.model, self.model.n_invariant, self.model.shape
+        n, T = len(value), len(model.times)
+        seen = (look >= 0).to(value.dtype).unsqueeze(-1)
+        v_w = log_v[..., :n_w].exp() * seen
+        total = 1 + v_w.sum(1)
+        assert self.guess is not None
+        last = look.max(-1).values
+        latest = value.gather(1, look.argmax(-1)[:, None, None].expand(n, 1, value.shape[-1])).squeeze(1)
+        known = torch.cat([latest, course[:, -1], nn.functional.one_hot(last, T).to(value.dtype)], -1)
+        u, log_precision = self.guess(known).unflatten(-1, (T, 2 * D)).chunk(2, -1)
+        u = u + latest[:, None, n_w:]
+        later = torch.arange(T, device=look.device) > last.unsqueeze(-1)  # after the last glimpse nothing is known
+        precision = (log_precision - 2).clamp(-8, 8).exp() * (~later).unsqueeze(-1)
+        at = (look.unsqueeze(-1) == torch.arange(T, device=look.device)).to(value.dtype)  # [n, F, T + 1]
+        shown = at.sum(1).unsqueeze(-1) > 0
+        u = torch.where(shown, torch.einsum("nft,nfd->ntd", at, value[..., n_w:]), u)
+        precision = torch.where(shown, torch.einsum("nft,nfd->ntd", at, log_v[..., n_w:].exp()), precision)
+        return Walk(mechanism, model.networks, course, (v_w * value[..., :n_w]).sum(1) / total, total.rsqrt(), u, precision)
+
+    def _align(self, value: Tensor, control: Tensor, look: Tensor) -> None:
+        """The companion paper's penalty (its equation 4), on w of the last glimpse; the sign of a factor is turned in a guide."""
+        n_w, n = self.model.n_invariant, len(value)
+        w = value.gather(1, look.argmax(-1)[:, None, None].expand(n, 1, value.shape[-1]))[:, 0, :n_w]
+        off = w - self.glimpse(control)[0][..., :n_w]
+        off = off.mean(0, keepdim=True).expand_as(off) if self.aligned == "means" else off
+        pyro.factor("alignment", self.alignment * off.square().sum(-1), has_rsample=True)
+
+    @torch.no_grad()
+    def _taken(self, batch: Batch) -> Tensor:
+        """Probability that each perturbation took in each cell given what was seen, [n, P]."""
+        model, dtype = self.model, self.model.times.dtype
+        hit, doses, chance = ways(batch.dose.to(dtype), self.penetrance_logits.sigmoid())
+        course = (doses.unsqueeze(-2) * model.schedule[:, None]).flatten(0, 1)
+        what = model.sight_of(model.mechanism(*model.tables()), course, model.look(batch).repeat_interleave(chance.shape[1], 0))
+        x = model.shown(batch) if model.warp is None else model.warp(model.shown(batch))[0]
+        each = Seen(what, model.observation, flat=False).log_prob(x.repeat_interleave(chance.shape[1], 0)).unflatten(0, chance.shape)
+        share = (each + chance.clamp_min(1e-30).log()).softmax(-1)
+        took = (share.unsqueeze(-1) * hit).sum(1)
+        given = batch.dose.to(dtype) != 0
+        return torch.where(given, took, self.penetrance_logits.sigmoid()).clamp(0, 1)
 
     # -- training ------------------------------------------------------------------------------------------------------------------
 
     def meet(self, model: Any) -> None:
-        """The guide reads the model's mechanism, whose parameters stay the model's."""
+        """The guide reads the model's mechanism, whose parameters stay the model's; alignment needs control cells beside the others."""
         self._model = [model]
+        if self.alignment:
+            model.batching = "condition"
 
     def initialise(self, model: Any, data: PerturbationData) -> None:
         """Loadings from the principal axes of the expression, turned at random; where the posterior is not exact, everything from a fit
         with Gaussian noise and a linear decoder to the principal components, whose likelihood is."""
         known = model.times.cpu().numpy()
-        off = 0.0 if data.time is None else np.abs(data.time[:, None] - known).min(1)
+        times = data.time if data.path_times is None else data.path_times
+        off = 0.0 if times is None else np.abs(times[:, None] - known).min(1)
         if np.max(off) > 1e-3 * max(1.0, float(np.abs(known).max())):
-            strange = data.time[np.argmax(off)]  # type: ignore[index]
+            strange = times[np.argmax(off)]  # type: ignore[index]
             raise DataError(f"the screen has cells at time {strange:g}, the model has {known.tolist()}; build it with times=")
-        x = torch.as_tensor((data.log_normalised() if data.kind == "counts" else data).dense(np.float64))
-        control = torch.as_tensor(data.is_control)
+        normal = data.log_normalised() if data.kind == "counts" else data
+        x, control = _frames(normal)
         centred, m = x - x.mean(0), len(model.loadings)
         _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
         spread = spread / len(x) ** 0.5
@@ -123,24 +208,26 @@ class CITEVAE(PyroModule):
         model.bias.data.copy_(x[control].mean(0) if bool(control.any()) else x.mean(0))
         if model.likelihood.name == "gaussian":
             model.likelihood.log_sigma.data.copy_(0.5 * left.log())
-        if self.exact:
+        if not self.starts:
             return
-        more = min(m + EXTRA, len(spread))
-        start = self._linear_start(model, data, centred @ axes[:more].T)
+        more = m if model.warp is not None else min(m + EXTRA, len(spread))
+        start = self._linear_start(model, normal, x.mean(0), axes[:more])
         for name, value in start.named_parameters():
             if name not in ("bias", "turn") and not name.startswith("likelihood"):
                 model.get_parameter(name).data.copy_(value)
         model.target_logits.data.div_(FINAL)  # it has sharpened
-        W, precision = start.loadings.detach(), start.precision.detach()
+        if model.warp is not None:
+            _unwarp(model, x, start)
+            return
+        W, precision = start.loadings.detach(), start.observation.precision.detach()
         model.turn.data.zero_()
         model.turn.data[:, :more] = W / spread[:more].clamp_min(1e-3 * spread[0])
+        raw, _ = _frames(data)
         if model.likelihood.is_counts:
-            rate = torch.as_tensor(data.dense(np.float64)) / torch.as_tensor(data.library_size.astype(np.float64))[:, None]
-            model.bias.data.copy_((rate.mean(0) + 1e-6).log())
+            model.bias.data.copy_(((raw / raw.sum(-1, keepdim=True)).mean(0) + 1e-6).log())
         if model.rest is not None:
             nn.init.zeros_(model.rest.last.weight)
             nn.init.zeros_(model.rest.last.bias)
-        raw = torch.as_tensor(data.dense(np.float64))
         self.standardise.fit_moments(raw)
         h = self.standardise(raw)
         inner = (W * precision) @ W.T
@@ -152,31 +239,61 @@ class CITEVAE(PyroModule):
         error = (glimpse - self.linear(h)).square().mean(0) + 1 / inner.diagonal()
         self.network.last.bias.data.copy_(torch.cat([torch.zeros(m, dtype=x.dtype), -error.detach().log()]))
 
-    def _linear_start(self, model: Any, data: PerturbationData, components: Tensor) -> Any:
-        """A fit to the principal components [n, k] of the cells, with the model's own settings."""
+    def _linear_start(self, model: Any, data: PerturbationData, centre: Tensor, axes: Tensor) -> Any:
+        """A fit to the principal components along ``axes`` [k, G], with the model's own settings but linear."""
         from pyrocausal.fit import fit
 
-        (P, D), k, n_w = model.shape, components.shape[1], model.n_invariant
-        names = pd.Index([f"component {i}" for i in range(k)])
-        ones = np.ones(len(data), np.float32)
-        linear = replace(data, x=components.numpy().astype(np.float32), genes=names, library_size=ones, kind="normalised")
-        settings = {"transition": model.transition, "weights": model.weights, "targets": model.given, "lag": model.lag}
+        (P, D), k, n_w = model.shape, len(axes), model.n_invariant
+
+        def components(x: Any) -> Any:
+            return ((torch.as_tensor(x, dtype=axes.dtype) - centre) @ axes.T).numpy().astype(np.float32)
+
+        linear = replace(
+            data,
+            x=components(data.dense(np.float64)),
+            path=None if data.path is None else components(data.path),
+            genes=pd.Index([f"component {i}" for i in range(k)]),
+            library_size=np.ones(len(data), np.float32),
+        )
+        transition = "ou" if model.transition == "ou" else "steps"
+        settings = {"transition": transition, "weights": model.weights, "targets": model.given, "lag": model.lag}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of few times, which the model has said
             start = type(model)(k, P, D, n_w, model.times.tolist(), **settings)
-        guide = type(self)(k, P, D, n_w)
+        guide = type(self)(k, P, D, n_w, model.times.tolist())
         seed = int(torch.randint(2**31, ()))
         fit(start, guide, linear, max_epochs=STEPS, lr=3e-2, kl_warmup=0.0, seed=seed, progress=False)
         return start
 
     def after_step(self, model: Any, batch: Batch, done: float) -> None:
         """Learned targets sharpen, unless they have at the start."""
-        model.temperature.fill_(FINAL ** min(1.0, done / ANNEALED) if self.exact else 1.0)
+        model.temperature.fill_(FINAL ** min(1.0, done / ANNEALED) if not self.starts else 1.0)
 
 
-def _from_expression(A: Tensor, k: Tensor, W: Tensor, precision: Tensor, pull: Tensor) -> Any:
-    """The exact posterior of ``x ~ Normal(bias + s W, 1 / precision)``."""
-    inner = (W * precision) @ W.T  # [s, s]
-    total = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) + A @ inner @ A.mT
-    loc = torch.cholesky_solve((A @ (pull @ W.T - k @ inner).unsqueeze(-1)), torch.linalg.cholesky(total)).squeeze(-1)
-    return dist.MultivariateNormal(loc, precision_matrix=total)
+def _frames(data: PerturbationData) -> tuple[Tensor, Tensor]:
+    """Expression of everything that was seen, [n, G] float64, and whether it is of untreated cells, [n]."""
+    if data.path is None:
+        return torch.as_tensor(data.dense(np.float64)), torch.as_tensor(data.is_control)
+    seen = ~np.isnan(data.path[..., 0])
+    control = np.broadcast_to(data.is_control[:, None], seen.shape)[seen]
+    return torch.as_tensor(data.path[seen].astype(np.float64)), torch.as_tensor(control)
+
+
+def _unwarp(model: Any, x: Tensor, start: Any) -> None:
+    """The warp from a linear fit to its components: ``y = (c - bias) W^-1``, in standard deviations at the splines."""
+    warp = model.warp
+    warp.fit_components(x)
+    spread = warp.scale[: warp.k]
+    W = start.loadings.detach() / spread  # of the scaled components
+    warp.centre += ((start.bias.detach() / spread) * spread) @ warp.axes[:, : warp.k].T
+    back = torch.linalg.inv(W)
+    sd = (((x - warp.centre) @ warp.axes / warp.scale)[:, : warp.k] @ back).std(0)
+    warp.matrices[0].data.copy_(back / sd)
+    for K in warp.matrices[1:-1]:
+        nn.init.eye_(K)
+    warp.matrices[-1].data.copy_(torch.diag(sd))
+    model.bias.data.zero_()
+    log_sigma = model.likelihood.log_sigma.data
+    noise = (start.observation.precision.rsqrt().detach() / spread) @ back.abs() / sd.numel() ** 0.5
+    log_sigma.fill_(0.0)  # of the components beyond, which are in standard deviations
+    log_sigma[: warp.k] = noise.clamp_min(1e-3).log()

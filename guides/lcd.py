@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from pyrocausal.data import PerturbationData
 from pyrocausal.dynamics.score import conditions_of, from_cells
 from pyrocausal.loading import Batch
-from pyrocausal.nn import MLP, Standardise
+from pyrocausal.nn import MLP, Standardise, inverse_softplus
 from pyrocausal.zero_inflated import unit_scaling
 
 
@@ -73,7 +73,7 @@ class LCD(PyroModule):
         control = torch.as_tensor(data.is_control) if data.is_control.any() else torch.ones(len(data), dtype=torch.bool)
         model.unit.copy_(unit_scaling(y[control]))
         rate = (y[control].mean(0) / model.unit).clamp_min(0.02)
-        centre = _inverse_softplus(rate)
+        centre = inverse_softplus(rate)
         counted = (x / size.square()).mean(0)  # what counting adds to the variance of y
         spread = (y.var(0) - counted).clamp_min(0).sqrt() / (model.unit * centre.sigmoid())
         model.network.centre.copy_(centre)
@@ -96,7 +96,7 @@ class LCD(PyroModule):
         """``q(u | x, dose)``, batch shape [n], event [d]."""
         assert batch.x is not None
         size = batch.library_size / self.median_library if self.depth else torch.ones_like(batch.library_size)
-        a = _inverse_softplus(((batch.x + 0.25) / (size * self.unit)).clamp_min(0.02))
+        a = inverse_softplus(((batch.x + 0.25) / (size * self.unit)).clamp_min(0.02))
         loc, log_sd = self.network(torch.cat([self.standardise(batch.x), batch.dose], -1)).chunk(2, -1)
         loc = self.weight * (a - self.centre) / self.scale + loc
         return dist.Normal(self.centre + self.scale * loc, self.scale * (self.log_sd + log_sd).exp() + 1e-4).to_event(1)
@@ -106,7 +106,3 @@ class LCD(PyroModule):
             return
         with batch.cells():
             pyro.sample("u", self.posterior(batch))
-
-
-def _inverse_softplus(y: Tensor) -> Tensor:
-    return y + torch.log(-torch.expm1(-y))

@@ -33,6 +33,7 @@ from pyrocausal.data import PerturbationData
 from pyrocausal.dynamics.bootstrap import deconvolved_moments, maximise, weighted_moments
 from pyrocausal.dynamics.stationary import linear_system, stationary_mean
 from pyrocausal.loading import Batch, moment_batch
+from pyrocausal.nn import inverse_softplus
 from pyrocausal.structural import mechanism_shift
 
 WIDE = 10.0  # multiple of the widths of the sparse priors at the start
@@ -126,7 +127,7 @@ class LinearLCD(PyroModule):
         """What the count of each gene says of its state: value and precision, [n, d] each."""
         c = library_size / self.median_library * self.depth_unit
         rate = ((x + 0.25) / c).clamp_min(0.02)
-        u = rate + torch.log(-torch.expm1(-rate))  # softplus^-1
+        u = inverse_softplus(rate)
         which = (x > 0).long()
         offset, log_scale = (torch.where(which == 1, t[1], t[0]) for t in (self.offset, self.log_scale))
         return u + offset, log_scale.exp() * c * torch.sigmoid(u).square() / rate

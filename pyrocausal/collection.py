@@ -79,7 +79,8 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
     accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
     own = [int(g) for g in data.genes.get_indexer(data.perturbations)]
     defaults = {"n_batches": len(data.batches), "likelihood": likelihood, "own_genes": own if max(own, default=-1) >= 0 else None}
-    defaults |= {} if data.time is None else {"times": [float(t) for t in np.unique(data.time)]}
+    times = data.time if data.path_times is None else data.path_times
+    defaults |= {} if times is None else {"times": [float(t) for t in np.unique(times)]}
     defaults = {k: v for k, v in defaults.items() if k in accepted}
     tables = {k: _in_order(k, v, data) for k, v in settings.items()}
     return build_from({"name": name, "arguments": {**defaults, **tables, **data.sizes._asdict()}, "seed": seed})

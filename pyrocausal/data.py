@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.loading import Batch, make_batch
+from pyrocausal.units import by_unit
 
 Kind = Literal["counts", "normalised"]
 Modality = Literal["perturbation", "knockout", "knockdown", "activation"]
@@ -47,6 +48,8 @@ class PerturbationData:
         modality: what a treatment does: ``"knockout"``, ``"knockdown"``, ``"activation"``, or the neutral ``"perturbation"``.
         batch_codes: technical batch of each cell, [n_cells] int64 (zeros if the screen has one batch).
         time: measurement time of each cell, [n_cells] float32, or None.
+        path: expression of units that were seen at several times, ``path_times`` [F]: [n_cells, F, n_genes], NaN at times at which a unit
+            was not seen; a row of everything else is then a unit at its last time. None if each cell was seen once.
     """
 
     x: Expression
@@ -63,6 +66,8 @@ class PerturbationData:
     batch_codes: NDArray[np.int64]
     batches: pd.Index
     time: NDArray[np.float32] | None = None
+    path: NDArray[np.float32] | None = None
+    path_times: NDArray[np.float32] | None = None
 
     @classmethod
     def from_anndata(
@@ -73,6 +78,7 @@ class PerturbationData:
         layer: str | None = None,
         batch_key: str | None = None,
         time_key: str | None = None,
+        unit_key: str | None = None,
         separator: str = "+",
         kind: Kind | None = None,
         modality: Modality = "perturbation",
@@ -86,6 +92,8 @@ class PerturbationData:
             layer: layer to read instead of ``X``.
             batch_key: column of ``obs`` with the technical batch.
             time_key: column of ``obs`` with the measurement time (numbers).
+            unit_key: column of ``obs`` with the unit that a cell is of, if units were seen at several times, or cells of different times
+                are paired; rows of the result are units.
             kind: ``"counts"`` or ``"normalised"``; recognised from the values if None.
             modality: the screen's own reading of a treatment; ``knockout(...)`` is refused on an activation screen.
 
@@ -104,7 +112,7 @@ class PerturbationData:
         labels = _labels(adata, perturbation_key, control)
         labels, perturbations, dose = _doses(labels, control, separator)
         codes, batches = _codes(adata, batch_key)
-        return cls(
+        data = cls(
             x=x,
             dose=dose,
             labels=labels,
@@ -120,6 +128,7 @@ class PerturbationData:
             batches=batches,
             time=_times(adata, time_key),
         )
+        return data if unit_key is None else by_unit(data, _column(adata, unit_key, "unit").astype(str).to_numpy(dtype=object))
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -151,6 +160,11 @@ class PerturbationData:
         present = sorted(set(self.labels) - {self.control}, key=lambda c: (self.separator in c, c))
         return ([self.control] if self.is_control.any() else []) + present
 
+    @property
+    def complete(self) -> bool:
+        """Whether each unit was seen at all times (cells that were seen once are)."""
+        return self.path is None or not bool(np.isnan(self.path[..., 0]).any())
+
     def condition_counts(self) -> tuple[int, int]:
         """Numbers of distinct single perturbations and of distinct combinations among the cells."""
         size = np.diff(self.dose.indptr)
@@ -166,7 +180,10 @@ class PerturbationData:
             raise DataError("the data are normalised already; log_normalised() is for counts")
         factor = (np.median(self.library_size) / self.library_size).astype(np.float32)
         x = (sp.diags(factor) @ self.x).tocsr().log1p() if sp.issparse(self.x) else np.log1p(self.x * factor[:, None])
-        return replace(self, x=x.astype(np.float32), library_size=np.ones(len(self), np.float32), kind="normalised")
+        path = None
+        if self.path is not None:
+            path = np.log1p(self.path * (np.median(self.library_size) / self.path.sum(-1, keepdims=True)))
+        return replace(self, x=x.astype(np.float32), library_size=np.ones(len(self), np.float32), kind="normalised", path=path)
 
     # -- parts -----------------------------------------------------------------------------------------------------------------
 
@@ -184,6 +201,7 @@ class PerturbationData:
             cells=self.cells[rows],
             batch_codes=self.batch_codes[rows],
             time=None if self.time is None else self.time[rows],
+            path=None if self.path is None else self.path[rows],
         )
 
     def _rows(self, index: Any) -> NDArray[np.int64]:

@@ -181,7 +181,7 @@ def fit(
             dynamic_ncols=True,
         )
         settled = max(warmup[1], getattr(guide, "settled", 0.0))
-        by_moments = getattr(model, "batching", "cells") == "moments"
+        by_moments = getattr(model, "batching", "cells") == "moments" and train.complete
         moments = None
         if by_moments:
             moments = moment_batch(train, getattr(model, "pooled", True), device=device, by_time=getattr(model, "by_time", False))
@@ -302,8 +302,9 @@ def _epoch(
             factor = learning_rate_factor(done, schedule)
             for group, base in zip(optimiser.param_groups, base_rates, strict=True):
                 group["lr"] = base * factor
+            collapsed = batch.moments is None and getattr(model, "collapses", False)
             with KLWeight(weight) if weight < 1 else nullcontext():
-                loss = loss_module(batch) / n
+                loss = loss_module(replace(batch, collapsed=True) if collapsed else batch) / n
             optimiser.zero_grad(set_to_none=True)
             loss.backward()
             if clip_norm is not None:
@@ -355,7 +356,9 @@ def held_out_elbo(
         if controls is not None:
             rng = np.random.default_rng(seed)
             _, minibatches = batches_by_condition(held, batch_size, rng, n_total=n_train, device=device, controls=controls)
+        collapsed = getattr(loss_module.model, "collapses", False)
         for batch in minibatches:
+            batch = replace(batch, collapsed=True) if collapsed else batch
             total -= loss_module(batch).detach().double() / n_train * len(batch)
     loss_module.train(was_training)
     return float(total) / len(held)

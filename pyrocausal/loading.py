@@ -59,6 +59,9 @@ class Batch:
         nonzeros: the sparse pieces of ``x``, or None for dense data.
         partner: expression of as many control cells, drawn at random, [n, n_genes]; for models that are trained by condition, else None.
         moments: if the rows are conditions and ``x`` their means, what else a Gaussian law needs of their cells; else None.
+        path: expression of units that were seen at F times, [n, F, n_genes], 0 where they were not; ``x`` is the last of them.
+        path_time: when, [n, F]; NaN where a unit was not seen.
+        collapsed: ask for the law of what was seen with the state of the cells integrated out, of models that can (``collapses``).
     """
 
     x: Tensor | None
@@ -71,6 +74,9 @@ class Batch:
     nonzeros: Nonzeros | None = None
     partner: Tensor | None = None
     moments: Moments | None = None
+    path: Tensor | None = None
+    path_time: Tensor | None = None
+    collapsed: bool = False
 
     def __len__(self) -> int:
         return len(self.index)
@@ -83,7 +89,7 @@ class Batch:
         """The same cells with the observation hidden, so that a model samples it."""
         if name != "x":
             raise ValueError(f"{name!r} cannot be hidden; only 'x' can")
-        return replace(self, x=None, nonzeros=None, partner=None, moments=None)
+        return replace(self, x=None, nonzeros=None, partner=None, moments=None, path=None, path_time=None, collapsed=False)
 
     def rows(self, index: list[int]) -> Batch:
         """Some of the cells (repeats allowed); the sparse pieces are dropped."""
@@ -125,8 +131,15 @@ def make_batch(data: PerturbationData, rows: NDArray[np.int64], n_total: int, dt
             )
     else:
         x = torch.from_numpy(np.ascontiguousarray(data.x[rows])).to(dtype)
+    path = None if data.path is None else torch.from_numpy(data.path[rows]).to(dtype)
+    path_time = None
+    if path is not None:
+        when = torch.from_numpy(data.path_times).to(dtype).expand(len(rows), -1)
+        path_time = torch.where(path[..., 0].isnan(), torch.nan, when)
     batch = Batch(
         x=x,
+        path=None if path is None else path.nan_to_num(),
+        path_time=path_time,
         dose=torch.from_numpy(data.dose[rows].toarray()).to(dtype),
         library_size=torch.from_numpy(data.library_size[rows]).to(dtype)[:, None],
         batch_code=torch.from_numpy(data.batch_codes[rows]),
@@ -204,6 +217,8 @@ def moment_batch(
 ) -> Batch:
     """The whole screen as one batch whose rows are its conditions: means in ``x`` [Q, d], the rest in ``moments``; float64.
 
+    Of units that were seen at F times, ``by_time`` gives the moments of whole paths, d = F n_genes.
+
     Args:
         pooled, weights, by_time: as of :func:`pyrocausal.dynamics.stationary.condition_moments`.
     """
@@ -213,4 +228,6 @@ def moment_batch(
     n = len(dose)
     ones, index = torch.ones(n, 1, dtype=mean.dtype), torch.arange(n)
     batch = Batch(mean, dose, ones, torch.zeros(n, dtype=torch.int64), time, index, len(data), moments=moments)
+    if data.path_times is not None and by_time:
+        batch = replace(batch, path_time=torch.from_numpy(data.path_times.astype(np.float64)).expand(n, -1))
     return batch if torch.device(device).type == "cpu" else batch.to(device)

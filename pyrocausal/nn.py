@@ -95,7 +95,7 @@ class Loadings(nn.Module):
     def scale(self, s: Tensor) -> None:
         """Read programs in other units: ``d(u / s)`` becomes ``d(u)``, so multiply what each program [n_latent] does."""
         if self.anchors is not None:
-            self.weight.copy_(torch.where(self.anchors > 0, _inverse_softplus(self.loadings * s[:, None]), self.weight))
+            self.weight.copy_(torch.where(self.anchors > 0, inverse_softplus(self.loadings * s[:, None]), self.weight))
         else:
             self.weight.mul_(s[:, None])
         if self.rest is not None:
@@ -106,7 +106,8 @@ class Loadings(nn.Module):
         return eta if self.rest is None else eta + self.rest(u)
 
 
-def _inverse_softplus(y: Tensor) -> Tensor:
+def inverse_softplus(y: Tensor) -> Tensor:
+    """``x`` such that ``log(1 + e^x) = y`` > 0."""
     return y + (-torch.expm1(-y)).clamp_min(1e-12).log()
 
 

@@ -33,19 +33,23 @@ def course_screen(
     doubles: int = 0,
     cells_per_double: int | None = None,
     changes: bool = True,
+    trajectories: bool = False,
+    penetrance: float = 1.0,
     noise: float = 0.02,
     seed: int = 0,
 ) -> ad.AnnData:
-    """Snapshots: every cell is measured once, at one of the times 0 to ``times - 1``; perturbations act after time 0.
+    """Snapshots: every cell is measured once, at one of the times 0 to ``times - 1``; perturbations act after time 0. Or trajectories.
 
     ``|L|`` ~ Uniform(.4, .9); B ~ Uniform(.3, .7) on the diagonal, +-Uniform(.1, .3) above it; C ~ +-Uniform(.2, .6) sqrt(2 / n_invariant).
 
     Args:
-        cells_per_condition: of each treatment at each time.
+        cells_per_condition: of each treatment at each time; units of each treatment, if ``trajectories``.
         n_genes: at least n_latent + n_invariant; that number if None.
         mixing: a linear map, or two with a leaky ReLU between them.
         doubles: random pairs of perturbations of two different programs, labelled ``A+B``.
         changes: False for a screen in which perturbations do nothing.
+        trajectories: units are seen at all times; a row for each unit and time, the unit in ``obs["unit"]``.
+        penetrance: share of the cells in which a perturbation takes; which, in ``obs["took"]``.
         noise: standard deviation of the measurement.
 
     Returns:
@@ -76,25 +80,31 @@ def course_screen(
     lift = np.eye(d) if d == G else np.linalg.qr(rng.normal(size=(G, d)))[0].T
 
     parts: list[tuple[Array, Array, Array]] = []
-    obs: list[tuple[str, float]] = []
+    obs: list[pd.DataFrame] = []
     for treatment in treatments:
         n = cells_per_double if cells_per_double and len(treatment) == 2 else cells_per_condition
-        for last in range(times):
-            w, u = rng.normal(size=(n, n_w)), np.zeros((n, D))
+        for last in [times - 1] if trajectories else range(times):
+            w, u, path = rng.normal(size=(n, n_w)), np.zeros((n, D)), []
+            took = rng.random((n, len(treatment))) < penetrance if penetrance < 1 else np.ones((n, len(treatment)), bool)
             for t in range(last + 1):
-                on = [p for p in treatment if t > 0] if changes else []
-                keep = np.prod([1 - m[p] for p in on], axis=0) if on else np.ones(D)
-                mu = keep * b + sum((dmu[p] for p in on), np.zeros(D))
-                log_var = keep * np.log(0.5) + sum((m[p] * np.log(v[p]) for p in on), np.zeros(D))
+                on = took[:, :, None] * m[list(treatment)] * (changes and t > 0)  # [n, treatments, D]
+                keep = np.prod(1 - on, axis=1)
+                mu = keep * b + (on * dmu[list(treatment)]).sum(1)
+                log_var = keep * np.log(0.5) + (on * np.log(v[list(treatment)])).sum(1)
                 push = (u @ B) * keep * (t > 0) + (w @ C) * keep + mu + np.exp(0.5 * log_var) * rng.normal(size=(n, D))
-                u = push @ np.linalg.inv(np.eye(D) - L * keep)
-            h = np.concatenate([w, u], 1) @ maps[0]
-            for A in maps[1:]:
-                h = np.where(h > 0, h, SLOPE * h) @ A
-            parts.append((h @ lift + noise * rng.normal(size=(n, G)), u, w))
-            obs += [("+".join(names[p] for p in treatment) or "control", float(last))] * n
+                u = _solved(push, L, keep)
+                path.append(u)
+            for t in range(last + 1) if trajectories else [last]:
+                h = np.concatenate([w, path[t]], 1) @ maps[0]
+                for A in maps[1:]:
+                    h = np.where(h > 0, h, SLOPE * h) @ A
+                parts.append((h @ lift + noise * rng.normal(size=(n, G)), path[t], w))
+                rows = {"perturbation": "+".join(names[p] for p in treatment) or "control", "time": float(t), "took": took.all(1)}
+                rows |= {"unit": [f"unit{len(obs) // times * 10**6 + i}" for i in range(n)]} if trajectories else {}
+                obs.append(pd.DataFrame(rows))
     x, u, w = (np.concatenate(each) for each in zip(*parts, strict=True))
-    frame = pd.DataFrame(obs, columns=["perturbation", "time"], index=[f"cell{i}" for i in range(len(obs))])
+    frame = pd.concat(obs, ignore_index=True)
+    frame.index = pd.Index([f"cell{i}" for i in range(len(frame))])
     adata = ad.AnnData(x.astype(np.float32), frame, pd.DataFrame(index=[f"gene{g:0{len(str(G - 1))}d}" for g in range(G)]))
     adata.obsm["u"], adata.obsm["w"] = u.astype(np.float32), w.astype(np.float32)
     adata.uns["X_kind"] = "normalised"
@@ -103,6 +113,14 @@ def course_screen(
     if mixing == "linear":
         adata.uns["truth"]["loadings"] = maps[0] @ lift
     return adata
+
+
+def _solved(push: Array, L: Array, keep: Array) -> Array:
+    """Programs u [n, D] with ``u = u L keep + push``, L strictly upper triangular."""
+    u = push.copy()
+    for k in range(1, push.shape[1]):
+        u[:, k] += (u[:, :k] @ L[:k, k]) * keep[:, k]
+    return u
 
 
 def _conditioned(rng: np.random.Generator, d: int) -> Array:

@@ -20,6 +20,7 @@ from pyrocausal.data import PerturbationData
 from pyrocausal.dynamics.stationary import Moments
 from pyrocausal.elbo import _deterministic, _sample_sites
 from pyrocausal.loading import Batch, moment_batch
+from pyrocausal.nn import inverse_softplus
 
 
 def weighted_moments(data: PerturbationData, pooled: bool, members: int, seed: int) -> Batch:
@@ -56,7 +57,7 @@ def deconvolved_moments(model: Any, data: PerturbationData) -> Batch:
     batch = moment_batch(replace(data, x=y.astype(np.float32), kind="normalised"), pooled=False)
     assert batch.x is not None and batch.moments is not None
     rate = (batch.x / model.depth_unit).clamp_min(0.02)
-    state = rate + torch.log(-torch.expm1(-rate))  # softplus^-1
+    state = inverse_softplus(rate)
     slope = torch.sigmoid(state) * model.depth_unit
     counted = torch.as_tensor(np.stack([(x[rows] * ((median / library[rows]) ** 2)[:, None]).mean(0) for rows in _rows_by_condition(data)]))
     within = (batch.moments.within - torch.diag_embed(counted)) / (slope.unsqueeze(-1) * slope.unsqueeze(-2))

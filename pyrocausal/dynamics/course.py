@@ -75,7 +75,22 @@ def steps_of(m: Mechanism, course: Tensor, held: Tensor, times: Tensor, transiti
     return [_step(m, course[:, t], held[:, t], times, t, transition) for t in range(len(times))]
 
 
-def _step(m: Mechanism, c: Tensor, held: Tensor, times: Tensor, t: int, transition: Transition) -> Step:
+class Gates(NamedTuple):
+    """One interval of R courses, its targets and holds applied: L, B [R, D, D], C [R, I, D], mu, sd, keep, and what is free, [R, D]; the
+    values at which programs are held, 0 where they are free, [R, D]."""
+
+    instant: Tensor
+    lagged: Tensor
+    invariant: Tensor
+    mu: Tensor
+    sd: Tensor
+    keep: Tensor
+    free: Tensor
+    value: Tensor
+
+
+def gates(m: Mechanism, c: Tensor, held: Tensor) -> Gates:
+    """Of treatments [R, P] and holds [R, D]."""
     kept = (1 - c.unsqueeze(-1) * m.mask).clamp_min(0).prod(-2)  # [R, D]
     keep = kept if m.cuts else torch.ones_like(kept)
     mu = keep * m.mean + c @ (m.mask * m.mean_change)
@@ -85,9 +100,13 @@ def _step(m: Mechanism, c: Tensor, held: Tensor, times: Tensor, t: int, transiti
         dL, dB, dC = (torch.einsum("rp,pij->rij", c, change) for change in m.free)
         L, B, C = L + dL, B + dB, C + dC
     free = held.isnan()
-    value = torch.where(free, torch.zeros_like(held), held)
-    gate = free.to(mu.dtype)
-    L, B, C, mu, sd = L * gate.unsqueeze(-2), B * gate.unsqueeze(-2), C * gate.unsqueeze(-2), mu * gate, sd * gate
+    value, gate = torch.where(free, torch.zeros_like(held), held), free.to(mu.dtype)
+    L, B, C = (weight * gate.unsqueeze(-2) for weight in (L, B, C))
+    return Gates(L, B, C, mu * gate, sd * gate, keep * gate, gate, value)
+
+
+def _step(m: Mechanism, c: Tensor, held: Tensor, times: Tensor, t: int, transition: Transition) -> Step:
+    L, B, C, mu, sd, _, gate, value = gates(m, c, held)
     eye = torch.eye(mu.shape[-1], dtype=mu.dtype, device=mu.device)
     if transition == "steps":
         back = torch.linalg.solve_triangular((eye - L), torch.diag_embed(torch.ones_like(mu)), upper=True)  # (1 - L)^-1

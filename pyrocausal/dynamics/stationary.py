@@ -54,17 +54,18 @@ def condition_moments(
     Args:
         pooled: one covariance for all conditions (as a shift leaves it), or one for each.
         weights: of the cells, [n_cells]; one each if None.
-        by_time: cells of one treatment at different times are different conditions.
+        by_time: cells of one treatment at different times are different conditions; units that were seen at all times, whole paths.
 
     Raises:
         DataError: if the pooled covariance is singular (fewer cells than genes, or a gene without variance).
     """
     codes = pd.Categorical(data.labels, categories=data.conditions).codes.astype(np.int64)
-    if by_time and data.time is not None:
+    paths = by_time and data.path is not None
+    if by_time and data.time is not None and not paths:
         codes = codes * (1 + len(data)) + np.unique(data.time, return_inverse=True)[1]
     labels, codes = np.unique(codes, return_inverse=True)
     code = torch.as_tensor(codes)
-    x = torch.as_tensor(data.dense(np.float64))
+    x = torch.as_tensor(data.path.reshape(len(data), -1).astype(np.float64) if paths else data.dense(np.float64))  # type: ignore[union-attr]
     w = torch.ones(len(data), dtype=x.dtype) if weights is None else weights.to(x.dtype)
     size = torch.zeros(len(labels), dtype=x.dtype).index_add(0, code, w)
     mean = torch.zeros(len(labels), x.shape[1], dtype=x.dtype).index_add(0, code, w[:, None] * x) / size[:, None]
