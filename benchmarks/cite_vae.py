@@ -39,9 +39,9 @@ def screen_of(adata: ad.AnnData) -> pc.PerturbationData:
     return pc.PerturbationData.from_anndata(adata, time_key="time")
 
 
-def fitted(data: pc.PerturbationData, n_latent: int, n_invariant: int, restarts: int, epochs: int = 1000, **settings: Any) -> pc.Fit:
+def fitted(data: pc.PerturbationData, n_latent: int, n_invariant: int, restarts: int, epochs: int = 200, **settings: Any) -> pc.Fit:
     model, guide = pc.build("cite_vae", data, n_latent=n_latent, n_invariant=n_invariant, **settings)
-    return pc.fit(model, guide, data, max_epochs=epochs, lr=3e-2, kl_warmup=0.0, restarts=restarts, progress=False)
+    return pc.fit(model, guide, data, max_epochs=epochs, lr=1e-1, kl_warmup=0.0, restarts=restarts, progress=False)
 
 
 def programs_of(fit: pc.Fit, data: pc.PerturbationData) -> Array:
@@ -220,7 +220,7 @@ def kouno(args: argparse.Namespace) -> None:
         }
         for transition in ("ou", "steps"):
             model, guide = pc.build("cite_vae", train, n_latent=4, n_invariant=4, times=times, transition=transition, weights="free")
-            fit = pc.fit(model, guide, train, max_epochs=1000, lr=3e-2, kl_warmup=0.0, restarts=args.restarts, progress=False)
+            fit = pc.fit(model, guide, train, max_epochs=200, lr=1e-1, kl_warmup=0.0, restarts=args.restarts, progress=False)
             cells = population(fit, held, len(truth))
             found[f"cite_vae, {transition}"] = (cells, population(fit, held, 4000).mean(0))
         for name, (cells, mean) in found.items():

@@ -39,17 +39,24 @@ from pyrocausal.dynamics.hits import ways
 from pyrocausal.dynamics.sight import Seen, glimpsed, posterior
 from pyrocausal.dynamics.walk import Walk
 from pyrocausal.errors import DataError, PyrocausalError
-from pyrocausal.loading import Batch
+from pyrocausal.loading import Batch, moment_batch
 from pyrocausal.nn import MLP, Standardise
+from pyrocausal.polish import polish
 
 EXTRA = 10  # principal components beyond as many as there are programs and invariant coordinates, for the noise
-STEPS = 800  # of the linear start
+STEPS = 150  # of the linear start, before as many of the polish
 FINAL = 0.1  # temperature of learned targets at the end
 ANNEALED = 0.6  # share of the training after which it is reached
 
 
 class CITEVAE(PyroModule):
-    """The posterior of ``z``; arguments as the model's, and ``n_encoder``: width of the encoder, of two layers."""
+    """The posterior of ``z``; arguments as the model's, and:
+
+    Args:
+        n_encoder: width of the encoder, of two layers.
+        alignment, aligned: weight and kind of the penalty on w of treated and control cells.
+        polish: quasi-Newton steps after the training, of pairs that are trained on the moments of conditions.
+    """
 
     def __init__(
         self,
@@ -65,19 +72,20 @@ class CITEVAE(PyroModule):
         alignment: float = 0.0,
         aligned: Literal["means", "cells"] = "means",
         n_encoder: int = 128,
+        polish: int = 1000,
     ) -> None:
         super().__init__()
         networks = transition in ("mlp", "flow")
         self.exact = (decoder == "linear" and likelihood == "gaussian" and not networks) or likelihood == "flow"
         self.alignment, self.aligned, self.walks = alignment, aligned, networks
-        self.starts = not self.exact or likelihood == "flow"  # from a linear fit
+        self.starts = not self.exact or (likelihood == "flow" and not networks)  # from a linear fit
         if alignment and (self.exact or aligned not in ("means", "cells")):
             raise PyrocausalError(
                 f"alignment={alignment} with aligned={aligned!r} was given; it is for pairs with an encoder (counts or networks), and "
                 "aligns 'means' or 'cells'"
             )
-        self.settled = ANNEALED
-        self.learning_rates = {"target_logits": 3.0}
+        self.settled, self.polish = ANNEALED, polish
+        self.learning_rates = {"target_logits": 3.0} | ({"penetrance_logits": 3.0} if penetrance == "learned" else {})
         if penetrance == "learned":
             self.penetrance_logits = nn.Parameter(torch.full((n_perturbations,), 2.0, dtype=torch.float64))
         if not self.exact:
@@ -99,10 +107,8 @@ class CITEVAE(PyroModule):
         if batch.x is None or batch.moments is not None or (batch.collapsed and model.collapses):
             return
         with batch.cells():
-            dose = batch.dose.to(model.times.dtype)
-            if model.penetrance_prior:
-                dose = dose * pyro.sample("hit", dist.Bernoulli(self._taken(batch)).to_event(1))
-            pyro.sample("z", self.posterior(batch, dose))
+            hit = pyro.sample("hit", dist.Bernoulli(self._taken(batch)).to_event(1)) if model.penetrance_prior else None
+            pyro.sample("z", self.posterior(batch, hit))
 
     @property
     def model(self) -> Any:
@@ -110,10 +116,11 @@ class CITEVAE(PyroModule):
             raise DataError("the guide does not know its model yet; call guide.meet(model), as pc.build and pc.fit do")
         return self._model[0]
 
-    def posterior(self, batch: Batch, dose: Tensor) -> Any:
-        """``q(z | x)`` of cells in which the treatment ``dose`` [n, P] took, batch shape [n], event [I + (T + 1) D]."""
+    def posterior(self, batch: Batch, hit: Tensor | None = None) -> Any:
+        """``q(z | x)`` of cells, batch shape [n], event [I + (T + 1) D], given which perturbations took in them, [n, P] (all if None)."""
         model, look = self.model, self.model.look(batch)
-        course = dose.unsqueeze(-2) * model.schedule[:, None]
+        course = model.course(batch, batch.dose.to(model.times.dtype))
+        course = course if hit is None else course * hit.unsqueeze(-2)
         mechanism, x = model.mechanism(*model.tables()), model.shown(batch)
         if model.whole:
             w, z, _ = model.whole_path(mechanism, course, look).abduct(x)
@@ -166,8 +173,8 @@ class CITEVAE(PyroModule):
     def _taken(self, batch: Batch) -> Tensor:
         """Probability that each perturbation took in each cell given what was seen, [n, P]."""
         model, dtype = self.model, self.model.times.dtype
-        hit, doses, chance = ways(batch.dose.to(dtype), self.penetrance_logits.sigmoid())
-        course = (doses.unsqueeze(-2) * model.schedule[:, None]).flatten(0, 1)
+        hit, chance = ways(batch.dose.to(dtype), self.penetrance_logits.sigmoid())
+        course = (model.course(batch, batch.dose.to(dtype)).unsqueeze(1) * hit.unsqueeze(-2)).flatten(0, 1)
         what = model.sight_of(model.mechanism(*model.tables()), course, model.look(batch).repeat_interleave(chance.shape[1], 0))
         x = model.shown(batch) if model.warp is None else model.warp(model.shown(batch))[0]
         each = Seen(what, model.observation, flat=False).log_prob(x.repeat_interleave(chance.shape[1], 0)).unflatten(0, chance.shape)
@@ -208,6 +215,10 @@ class CITEVAE(PyroModule):
         model.bias.data.copy_(x[control].mean(0) if bool(control.any()) else x.mean(0))
         if model.likelihood.name == "gaussian":
             model.likelihood.log_sigma.data.copy_(0.5 * left.log())
+        if model.whole:
+            model.warp.fit_components(x)
+            model.bias.data.zero_()
+            model.likelihood.log_sigma.data.zero_()
         if not self.starts:
             return
         more = m if model.warp is not None else min(m + EXTRA, len(spread))
@@ -260,10 +271,17 @@ class CITEVAE(PyroModule):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", RuntimeWarning)  # of few times, which the model has said
             start = type(model)(k, P, D, n_w, model.times.tolist(), **settings)
-        guide = type(self)(k, P, D, n_w, model.times.tolist())
+        guide = type(self)(k, P, D, n_w, model.times.tolist(), polish=STEPS)
         seed = int(torch.randint(2**31, ()))
-        fit(start, guide, linear, max_epochs=STEPS, lr=3e-2, kl_warmup=0.0, seed=seed, progress=False)
+        fit(start, guide, linear, max_epochs=STEPS, lr=1e-1, kl_warmup=0.0, seed=seed, progress=False)
         return start
+
+    def after_training(self, model: Any, data: PerturbationData, seed: int, progress: bool) -> float | None:
+        """The bound of moments has no noise, so that quasi-Newton steps finish what gradients began."""
+        if model.batching != "moments" or not data.complete or self.polish == 0:
+            return None
+        batch = moment_batch(data, model.pooled, device=model.times.device, by_time=True)
+        return polish(model, self, batch, self.polish, progress)
 
     def after_step(self, model: Any, batch: Batch, done: float) -> None:
         """Learned targets sharpen, unless they have at the start."""

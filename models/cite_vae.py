@@ -241,6 +241,19 @@ class CITEVAE(PyroModule):
             return torch.full((len(batch), 1), len(self.times) - 1, device=self.times.device)
         return (batch.time.to(self.times.dtype).unsqueeze(-1) - self.times).abs().argmin(-1, keepdim=True)
 
+    def course(self, batch: Batch, dose: Tensor) -> Tensor:
+        """Treatment during the interval that leads to each time, [..., n, T + 1, P]: sustained from the first on, or as units had it."""
+        sustained = dose.unsqueeze(-2) * self.schedule[:, None]
+        if batch.course is None:
+            return sustained
+        if batch.course.shape[-2] != len(self.times):
+            raise PyrocausalError(
+                f"the treatment of units changes over {batch.course.shape[-2]} times, the model has {len(self.times)}; build it with the "
+                "times of the screen"
+            )
+        given = batch.course.to(sustained.dtype) * (self.schedule > 0).unsqueeze(-1)
+        return torch.where((dose == batch.dose.to(dose.dtype)).all(-1)[..., None, None], given, sustained)
+
     def shown(self, batch: Batch) -> Tensor:
         """What cells show, [n, F, G]; F = 1 for those that were seen once."""
         assert batch.x is not None
@@ -290,9 +303,10 @@ class CITEVAE(PyroModule):
 
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1).to(one.dtype)
+            course = self.course(batch, dose)
             if rho is not None and not seen:
-                dose = dose * pyro.sample("hit", dist.Bernoulli(rho).to_event(1), infer={"event_dims": ("perturbation",)})
-            course = pyro.deterministic("course", dose.unsqueeze(-2) * self.schedule[:, None], event_dim=2)
+                course = course * pyro.sample("hit", dist.Bernoulli(rho).to_event(1), infer={"event_dims": ("perturbation",)}).unsqueeze(-2)
+            course = pyro.deterministic("course", course, event_dim=2)
             clamp = pyro.deterministic("clamp", one.new_full((D,), math.nan), event_dim=1).to(one.dtype)
             always = clamp.unsqueeze(-2).expand(*clamp.shape[:-1], T, D)
             held = pyro.deterministic("held", always, event_dim=2)
@@ -329,8 +343,8 @@ class CITEVAE(PyroModule):
         """The law of what cells show, their state integrated out; under a learned penetrance a mixture of all ways to take."""
         chances = None
         if rho is not None:
-            _, doses, chances = ways(batch.dose.to(course.dtype), rho)
-            course = (doses.unsqueeze(-2) * self.schedule[:, None]).flatten(0, 1)
+            hit, chances = ways(batch.dose.to(course.dtype), rho)
+            course = (course.unsqueeze(1) * hit.unsqueeze(-2)).flatten(0, 1)
         look = self.look(batch)
         if self.whole:
             return self.whole_path(mechanism, course, look)

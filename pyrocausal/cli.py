@@ -139,9 +139,10 @@ def _models(a: argparse.Namespace) -> int:
 
 def _screen(a: argparse.Namespace) -> tuple[Any, Any]:
     """The screen that the arguments describe, as PerturbationData and as AnnData."""
-    from pyrocausal.data import PerturbationData, _open
+    from pyrocausal.data import PerturbationData
+    from pyrocausal.reading import open_screen
 
-    adata = _open(a.screen)
+    adata = open_screen(a.screen)
     batch_key = a.batch_key or ("batch" if "batch" in adata.obs else None)
     data = PerturbationData.from_anndata(
         adata,

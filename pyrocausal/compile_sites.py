@@ -169,7 +169,7 @@ def _over_time(
         raise InterventionError("the model has no time, so sustain(...), pulse(...) and at(...) mean nothing to it; leave the time out")
     times, share = schedule
     dose, course, held = values["dose"], given["course"], given["held"]
-    course = course.reshape(-1, *course.shape[-2:])[: dose.shape[-2] if dose.shape[-2] > 1 else None]
+    course = course.reshape(-1, *course.shape[-2:])
     courses, holds = [], []
     for k, intervention in enumerate(interventions):
         c = course if intervention.doses is None else dose[k].unsqueeze(-2).to(course.dtype) * share.unsqueeze(-1)

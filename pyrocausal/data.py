@@ -20,6 +20,19 @@ from numpy.typing import NDArray
 
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.loading import Batch, make_batch
+from pyrocausal.reading import (
+    codes_of,
+    column,
+    doses_of,
+    expression,
+    kind_of,
+    labels_of,
+    no_empty_rows,
+    open_screen,
+    parts_of,
+    times_of,
+    unique,
+)
 from pyrocausal.units import by_unit
 
 Kind = Literal["counts", "normalised"]
@@ -50,6 +63,7 @@ class PerturbationData:
         time: measurement time of each cell, [n_cells] float32, or None.
         path: expression of units that were seen at several times, ``path_times`` [F]: [n_cells, F, n_genes], NaN at times at which a unit
             was not seen; a row of everything else is then a unit at its last time. None if each cell was seen once.
+        course: treatment of units during the interval that leads to each time, [n_cells, F, n_perturbations]; None if it never changes.
     """
 
     x: Expression
@@ -68,6 +82,7 @@ class PerturbationData:
     time: NDArray[np.float32] | None = None
     path: NDArray[np.float32] | None = None
     path_times: NDArray[np.float32] | None = None
+    course: NDArray[np.float32] | None = None
 
     @classmethod
     def from_anndata(
@@ -102,16 +117,16 @@ class PerturbationData:
         """
         if modality not in get_args(Modality):
             raise DataError(f"modality={modality!r} was given{nearest(modality, get_args(Modality))}")
-        adata = _open(adata)
-        _unique(adata.var_names, "gene names (var_names)", "call adata.var_names_make_unique()")
-        _unique(adata.obs_names, "cell names (obs_names)", "call adata.obs_names_make_unique()")
-        x = _expression(adata, layer)
-        kind = _kind(x, kind)
+        adata = open_screen(adata)
+        unique(adata.var_names, "gene names (var_names)", "call adata.var_names_make_unique()")
+        unique(adata.obs_names, "cell names (obs_names)", "call adata.obs_names_make_unique()")
+        x = expression(adata, layer)
+        kind = kind_of(x, kind)
         library = np.asarray(x.sum(1), dtype=np.float32).ravel() if kind == "counts" else np.ones(x.shape[0], np.float32)
-        _no_empty_rows(x, kind)
-        labels = _labels(adata, perturbation_key, control)
-        labels, perturbations, dose = _doses(labels, control, separator)
-        codes, batches = _codes(adata, batch_key)
+        no_empty_rows(x, kind)
+        labels = labels_of(adata, perturbation_key, control)
+        labels, perturbations, dose = doses_of(labels, control, separator)
+        codes, batches = codes_of(adata, batch_key)
         data = cls(
             x=x,
             dose=dose,
@@ -126,9 +141,9 @@ class PerturbationData:
             separator=separator,
             batch_codes=codes,
             batches=batches,
-            time=_times(adata, time_key),
+            time=times_of(adata, time_key),
         )
-        return data if unit_key is None else by_unit(data, _column(adata, unit_key, "unit").astype(str).to_numpy(dtype=object))
+        return data if unit_key is None else by_unit(data, column(adata, unit_key, "unit").astype(str).to_numpy(dtype=object))
 
     def __len__(self) -> int:
         return len(self.cells)
@@ -162,8 +177,8 @@ class PerturbationData:
 
     @property
     def complete(self) -> bool:
-        """Whether each unit was seen at all times (cells that were seen once are)."""
-        return self.path is None or not bool(np.isnan(self.path[..., 0]).any())
+        """Whether each unit was seen at all times and has one treatment (so it is of cells that were seen once)."""
+        return self.path is None or (self.course is None and not bool(np.isnan(self.path[..., 0]).any()))
 
     def condition_counts(self) -> tuple[int, int]:
         """Numbers of distinct single perturbations and of distinct combinations among the cells."""
@@ -202,6 +217,7 @@ class PerturbationData:
             batch_codes=self.batch_codes[rows],
             time=None if self.time is None else self.time[rows],
             path=None if self.path is None else self.path[rows],
+            course=None if self.course is None else self.course[rows],
         )
 
     def _rows(self, index: Any) -> NDArray[np.int64]:
@@ -293,7 +309,7 @@ class PerturbationData:
 
     def _canonical(self, label: str) -> str:
         """The one spelling of a treatment, whatever the order of its parts."""
-        return self.separator.join(_parts(label, self.control, self.separator)) or self.control
+        return self.separator.join(parts_of(label, self.control, self.separator)) or self.control
 
     # -- tensors ---------------------------------------------------------------------------------------------------------------
 
@@ -314,139 +330,6 @@ class PerturbationData:
         if len(rows) == 0:
             raise DataError("an empty batch was asked for; give the position of at least one cell")
         return make_batch(self, rows, len(self) if n_total is None else n_total, dtype, device)
-
-
-# -- reading and checking ------------------------------------------------------------------------------------------------------
-
-
-def _open(adata: ad.AnnData | str | Path) -> ad.AnnData:
-    if isinstance(adata, str | Path):
-        path = Path(adata)
-        if not path.is_file():
-            raise DataError(f"there is no file {str(path)!r}; give the path of an .h5ad file")
-        try:
-            adata = ad.read_h5ad(path)
-        except Exception as error:  # anndata and h5py raise many kinds for a file that is not what it says
-            raise DataError(f"{path.name!r} cannot be read as .h5ad ({type(error).__name__}); write it with adata.write_h5ad") from error
-    if not isinstance(adata, ad.AnnData):
-        raise DataError(f"a {type(adata).__name__} was given; give an AnnData object or the path of an .h5ad file")
-    if adata.n_obs == 0 or adata.n_vars == 0:
-        raise DataError(f"the screen has {adata.n_obs} cells and {adata.n_vars} genes; it needs at least one of each")
-    return adata
-
-
-def _unique(names: pd.Index, what: str, mend: str) -> None:
-    if not names.is_unique:
-        raise DataError(f"{what} are not unique ({names[names.duplicated()][0]!r} occurs more than once); {mend}")
-
-
-def _expression(adata: ad.AnnData, layer: str | None) -> Expression:
-    if layer is not None and layer not in adata.layers:
-        raise DataError(f"there is no layer {layer!r}{nearest(layer, adata.layers.keys())}")
-    where = "X" if layer is None else f"layers[{layer!r}]"
-    given = adata.X if layer is None else adata.layers[layer]
-    if given is None:
-        raise DataError(f"{where} is empty; name the layer that holds the expression with layer=")
-    x: Any = sp.csr_matrix(given) if sp.issparse(given) else np.asarray(given)
-    if x.dtype.kind not in "iufb":
-        raise DataError(f"{where} has dtype {x.dtype}; convert it to numbers, for example adata.X = adata.X.astype('float32')")
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinite, and is refused below
-        x = x.astype(np.float32)
-    values = x.data if sp.issparse(x) else x
-    if not np.isfinite(values).all():
-        raise DataError(f"{where} holds {int((~np.isfinite(values)).sum())} NaN or infinite values; replace or remove them")
-    if sp.issparse(x):
-        x.sum_duplicates()
-        x.eliminate_zeros()
-    return x
-
-
-def _kind(x: Expression, kind: Kind | None) -> Kind:
-    values = x.data if sp.issparse(x) else x
-    integral = bool((values == np.rint(values)).all())
-    negative = int((values < 0).sum())
-    if kind is None:
-        return "counts" if integral and not negative else "normalised"
-    if kind not in ("counts", "normalised"):
-        raise DataError(f"kind={kind!r} was given; it is 'counts' or 'normalised'")
-    if kind == "counts" and negative:
-        raise DataError(f"kind='counts' was given, but {negative} values are negative; give raw counts, or kind='normalised'")
-    if kind == "counts" and not integral:
-        raise DataError("kind='counts' was given, but the values are not integers; name the layer with raw counts, or kind='normalised'")
-    return kind
-
-
-def _no_empty_rows(x: Expression, kind: Kind) -> None:
-    filled = np.abs(x)
-    cells, genes = np.asarray(filled.sum(1)).ravel() == 0, np.asarray(filled.sum(0)).ravel() == 0
-    if kind == "counts" and cells.any():
-        raise DataError(f"{int(cells.sum())} cells have no counts at all; remove them, adata[adata.X.sum(1) > 0]")
-    if genes.any():
-        raise DataError(f"{int(genes.sum())} genes are zero in every cell; remove them, adata[:, adata.X.sum(0) > 0]")
-
-
-def _column(adata: ad.AnnData, key: str, what: str) -> pd.Series:
-    if key not in adata.obs:
-        raise DataError(f"obs has no column {key!r} for the {what}{nearest(key, adata.obs.columns)}")
-    column = adata.obs[key]
-    if column.isna().any():
-        raise DataError(f"obs[{key!r}] is missing for {int(column.isna().sum())} cells; fill it in or remove those cells")
-    return column
-
-
-def _labels(adata: ad.AnnData, key: str, control: str) -> NDArray[np.object_]:
-    labels = _column(adata, key, "perturbation").astype(str).to_numpy(dtype=object)
-    if control not in set(labels):
-        common = pd.Series(labels).value_counts().index[:3]
-        raise DataError(
-            f"no cell of obs[{key!r}] is labelled {control!r}; name the control with control=, the commonest labels are {list(common)}"
-        )
-    if set(labels) == {control}:
-        raise DataError(f"all cells of obs[{key!r}] are {control!r}; a screen needs at least one perturbation")
-    return labels
-
-
-def _parts(label: str, control: str, separator: str) -> list[str]:
-    return [] if label == control else sorted(p for p in label.split(separator) if p != control)
-
-
-def _doses(labels: NDArray[np.object_], control: str, separator: str) -> tuple[NDArray[np.object_], list[str], sp.csr_matrix]:
-    """Labels in one spelling, the names of the perturbations, and the treatment of each cell."""
-    if not separator:
-        raise DataError("separator='' was given; give the string between the parts of a combination, for example '+'")
-    parts_of = {label: _parts(label, control, separator) for label in sorted(set(labels))}
-    for label, parts in parts_of.items():
-        if "" in parts or len(set(parts)) < len(parts):
-            raise DataError(
-                f"the label {label!r} has an empty or repeated part at the separator {separator!r}; rename it or set separator="
-            )
-    names = sorted({p for parts in parts_of.values() for p in parts})
-    if not names:
-        raise DataError(f"all labels name {control!r} alone; a screen needs at least one perturbation")
-    code = {name: i for i, name in enumerate(names)}
-    columns = [[code[p] for p in parts_of[label]] for label in labels]
-    spelled = {label: separator.join(parts) or control for label, parts in parts_of.items()}
-    indptr = np.concatenate([[0], np.cumsum([len(c) for c in columns])])
-    indices = np.array([i for c in columns for i in c], dtype=np.int32)
-    dose = sp.csr_matrix((np.ones(len(indices), np.float32), indices, indptr), shape=(len(labels), len(names)))
-    return np.array([spelled[label] for label in labels], dtype=object), names, dose
-
-
-def _codes(adata: ad.AnnData, key: str | None) -> tuple[NDArray[np.int64], pd.Index]:
-    if key is None:
-        return np.zeros(adata.n_obs, np.int64), pd.Index(["all"], name="batch")
-    column = _column(adata, key, "batch").astype(str)
-    codes, names = pd.factorize(column, sort=True)
-    return codes.astype(np.int64), pd.Index(names, name="batch")
-
-
-def _times(adata: ad.AnnData, key: str | None) -> NDArray[np.float32] | None:
-    if key is None:
-        return None
-    column = pd.to_numeric(_column(adata, key, "time").astype(str), errors="coerce")
-    if not np.isfinite(column).all():
-        raise DataError(f"obs[{key!r}] holds times that are not numbers; give them in one unit, for example hours")
-    return column.to_numpy(np.float32)
 
 
 def _short(index: Any) -> str:

@@ -5,7 +5,8 @@ The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one f
 - ``meet(model)``: called before the first run, by everything that makes or takes a pair; for guides that read the model's parameters;
 - ``initialise(model, data)``: called once before the first epoch;
 - ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
-- ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point;
+- ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point; where it goes on
+  with them it returns the bound that it reached, in nats per cell, the last row of the history;
 - ``learning_rates``: ``{parameter name: multiple of lr}``.
 
 Every epoch draws its randomness from ``(seed, epoch)`` alone, which is why a resumed run equals the uninterrupted one bit for bit.
@@ -208,7 +209,13 @@ def fit(
         if state.best_state is not None and stopped in ("early", "max_epochs"):
             loss_module.load_state_dict(state.best_state)
         if stopped != "interrupted" and hasattr(guide, "after_training"):
-            guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
+            start = time.perf_counter()
+            reached = guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
+            if reached is not None:
+                state.history.append({**state.history[-1], "elbo": reached, "seconds": time.perf_counter() - start})
+                if held is not None:
+                    score = held_out_elbo(loss_module, held, len(train), batch_size=batch_size, device=device, seed=seed)
+                    state.history[-1]["validation"] = score
     model.eval()
     guide.eval()
     return Fit(
@@ -227,7 +234,7 @@ def fit(
             "n_cells": len(train),
             "objective": objective if isinstance(objective, str) else "exact",
         },
-        reference=reference_cells(train),
+        reference=_at_the_end(model, reference_cells(train)),
         recipe=getattr(model, "recipe", None),
     )
 
@@ -239,6 +246,13 @@ def reference_cells(train: PerturbationData, n: int = 64) -> Batch:
     rows = rows[np.linspace(0, len(rows) - 1, min(n, len(rows))).astype(int)]
     batch = train.batch(rows, n_total=len(train))
     return replace(batch, dose=torch.zeros_like(batch.dose), nonzeros=None)
+
+
+def _at_the_end(model: Any, cells: Batch) -> Batch:
+    """Fresh cells of a model with time are asked about at its last time, wherever the controls were measured."""
+    if not getattr(model, "timed", False):
+        return cells
+    return replace(cells, time=torch.full((len(cells),), float(model.times[-1])), path=None, path_time=None, course=None)
 
 
 def coords_of(data: PerturbationData) -> dict[str, Any]:

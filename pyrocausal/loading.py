@@ -61,6 +61,7 @@ class Batch:
         moments: if the rows are conditions and ``x`` their means, what else a Gaussian law needs of their cells; else None.
         path: expression of units that were seen at F times, [n, F, n_genes], 0 where they were not; ``x`` is the last of them.
         path_time: when, [n, F]; NaN where a unit was not seen.
+        course: treatment of units during the interval that leads to each of the F times, [n, F, n_perturbations]; None if it never changes.
         collapsed: ask for the law of what was seen with the state of the cells integrated out, of models that can (``collapses``).
     """
 
@@ -76,6 +77,7 @@ class Batch:
     moments: Moments | None = None
     path: Tensor | None = None
     path_time: Tensor | None = None
+    course: Tensor | None = None
     collapsed: bool = False
 
     def __len__(self) -> int:
@@ -140,6 +142,7 @@ def make_batch(data: PerturbationData, rows: NDArray[np.int64], n_total: int, dt
         x=x,
         path=None if path is None else path.nan_to_num(),
         path_time=path_time,
+        course=None if data.course is None else torch.from_numpy(data.course[rows]).to(dtype),
         dose=torch.from_numpy(data.dose[rows].toarray()).to(dtype),
         library_size=torch.from_numpy(data.library_size[rows]).to(dtype)[:, None],
         batch_code=torch.from_numpy(data.batch_codes[rows]),

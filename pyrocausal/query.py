@@ -44,6 +44,8 @@ def effects(
 ) -> xr.Dataset:
     """What interventions do to a population of fresh, otherwise untreated cells (rung 2), against no intervention.
 
+    Of a model with time, at its last time (attribute ``time`` of the result); :func:`pyrocausal.trajectory` has the others.
+
     Each posterior draw has ``cells`` fresh cells (covariates of the training controls, basal states from the model), the same ones in every
     world, so that differences carry no sampling noise of the cells.
 
@@ -82,7 +84,9 @@ def effects(
             "baseline": (("draw", "gene"), baseline),
         },
         coords={"intervention": [n for n, _ in named], "draw": np.arange(draws), "gene": genes},
-        attrs={"unit": unit, "rung": "interventional", "reference": "untreated", "cells_per_draw": cells} | _unseen(fit, named),
+        attrs={"unit": unit, "rung": "interventional", "reference": "untreated", "cells_per_draw": cells}
+        | _when(fit)
+        | _unseen(fit, named),
     )
 
 
@@ -146,7 +150,7 @@ def interventional(
                 law, same = intervened_law(fit.model, base, [i for _, i in named[first:last]], fit.coords["perturbation"], strict=False)
                 after = torch.where(same[..., None], base.law.mean, law.mean) if noise == "mean" else law.sample()
                 _write(out, (first, last), (start, stop), slice(None), before, after, base.batch, unit)
-    return _dataset(out, named, draws, np.arange(cells), fit, {"unit": unit, "rung": "interventional", "noise": noise})
+    return _dataset(out, named, draws, np.arange(cells), fit, {"unit": unit, "rung": "interventional", "noise": noise} | _when(fit))
 
 
 def counterfactual(
@@ -246,6 +250,11 @@ def _unseen(fit: Fit, named: list[tuple[str, Intervention]]) -> dict[str, str]:
     cells = zip(fit.coords["perturbation"], fit.cells_per_perturbation, strict=True)
     names = [name for name, n in cells if n == 0 and name in asked]
     return {"unseen": ", ".join(names)} if names else {}
+
+
+def _when(fit: Fit) -> dict[str, float]:
+    """The time of fresh cells, of a model with time."""
+    return {"time": float(fit.reference.time[0])} if getattr(fit.model, "timed", False) and fit.reference.time is not None else {}
 
 
 def _unit(fit: Fit, units: str | None) -> str:

@@ -21,8 +21,12 @@ def by_unit(data: PerturbationData, units: NDArray[np.object_]) -> PerturbationD
     Args:
         data: a row for each unit and time. units: name of each row's unit, [n_cells].
 
+    A row's treatment is that of the interval which leads to its time. Where it changes in some unit (before it acts, at the screen's first
+    time, a unit may be a control) all are kept in ``course``, where a time at which a unit was not seen has that of the time before;
+    everything else speaks of the last.
+
     Raises:
-        DataError: without times; if a unit is seen twice at a time, or has two treatments (at the screen's first time it may be a control).
+        DataError: without times, or if a unit is seen twice at a time.
     """
     if data.time is None:
         raise DataError("units were named, but no times; name the column with the times with time_key=")
@@ -36,16 +40,26 @@ def by_unit(data: PerturbationData, units: NDArray[np.object_]) -> PerturbationD
         )
     order = np.lexsort((frame, unit))
     last = order[np.append(np.flatnonzero(np.diff(unit[order])), len(order) - 1)]  # row of each unit's last time
-    strange = (data.labels != data.labels[last][unit]) & ~((frame == 0) & (data.labels == data.control))
-    if strange.any():
-        i = int(np.argmax(strange))
-        raise DataError(
-            f"the unit {names[unit[i]]!r} is {data.labels[i]!r} at time {data.time[i]:g} and {data.labels[last][unit[i]]!r} at its last; "
-            "a unit has one treatment (before it acts, at the first time, it may be a control)"
-        )
     path = np.full((len(names), len(times), len(data.genes)), np.nan, np.float32)
     path[unit, frame] = data.dense()
-    return replace(data[last], cells=pd.Index(names, name="cell"), path=path, path_times=times)
+    changes = (data.labels != data.labels[last][unit]) & ~((frame == 0) & (data.labels == data.control))
+    return replace(
+        data[last],
+        cells=pd.Index(names, name="cell"),
+        path=path,
+        path_times=times,
+        course=_courses(data, unit, frame, path.shape[:2]) if changes.any() else None,
+    )
+
+
+def _courses(data: PerturbationData, unit: NDArray[np.int64], frame: NDArray[np.int64], shape: tuple[int, int]) -> NDArray[np.float32]:
+    """Treatment during the interval that leads to each time, [n, F, P]."""
+    course = np.full((*shape, len(data.perturbations)), np.nan, np.float32)
+    course[unit, frame] = data.dose.toarray()
+    course[:, 0] = np.nan_to_num(course[:, 0])
+    for t in range(1, shape[1]):
+        course[:, t] = np.where(np.isnan(course[:, t]), course[:, t - 1], course[:, t])
+    return course
 
 
 __all__ = ["by_unit"]

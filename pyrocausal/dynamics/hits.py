@@ -10,14 +10,14 @@ from pyrocausal.errors import DataError
 MOST = 4  # perturbations of one cell
 
 
-def ways(dose: Tensor, penetrance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def ways(dose: Tensor, penetrance: Tensor) -> tuple[Tensor, Tensor]:
     """The 2^K ways of K perturbations to take.
 
     Args:
         dose: [n, P], at most K non-zeros in a row. penetrance: probability that each takes, [P].
 
     Returns:
-        ``(hit, doses, weight)``: hit [n, 2^K, P] (1 for perturbations that the cell did not get), dose x hit, and probabilities [n, 2^K].
+        ``(hit, weight)``: which take, [n, 2^K, P] (1 for perturbations that the cell did not get), and probabilities [n, 2^K].
     """
     n, P = dose.shape
     K = max(1, int((dose != 0).sum(-1).max()))
@@ -32,7 +32,7 @@ def ways(dose: Tensor, penetrance: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     chance = torch.where(present.unsqueeze(1) > 0, chance, bits)  # without a perturbation there is one way
     miss = torch.zeros(n, len(bits), P, dtype=dose.dtype, device=dose.device)
     miss = miss.scatter(-1, which.unsqueeze(1).expand(-1, len(bits), -1), (1 - bits).expand(n, -1, -1) * present.unsqueeze(1))
-    return 1 - miss, dose.unsqueeze(1) * (1 - miss), chance.prod(-1)
+    return 1 - miss, chance.prod(-1)
 
 
 __all__ = ["ways"]
