@@ -1,0 +1,137 @@
+"""How honest predicted uncertainty is: coverage, proper scores of intervals and of draws, and the probability integral transform.
+
+Arrays broadcast, entry by entry (perturbation x gene); average over *declared* strata, such as expressed genes of unseen combinations:
+silent genes are covered for free, and coverage over everything hides the strata in which it fails.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+from pyrocausal.errors import DataError
+from pyrocausal.metrics.means import Array
+
+CELLS = 2**24  # numbers in one block
+
+
+class Uniformity(NamedTuple):
+    """``ks``: largest gap between the distribution of PIT values and the uniform; ``statistic`` and ``p_value`` of the smooth test; ``n``
+    clusters.
+    """
+
+    ks: float
+    statistic: float
+    p_value: float
+    n: int
+
+
+def coverage(lower: ArrayLike, upper: ArrayLike, true: ArrayLike) -> float:
+    """Share of entries with ``lower <= true <= upper``, NaN entries left out.
+
+    Noise floor: ``sqrt(q (1 - q) / n)`` if entries were independent; genes of one perturbation are not, so bootstrap perturbations.
+    Cannot see: width. The whole line covers everything: stand :func:`interval_score` beside it.
+    """
+    low, high, y = _interval(lower, upper, true)
+    there = ~(np.isnan(low) | np.isnan(high) | np.isnan(y))
+    return float(((low <= y) & (y <= high))[there].mean()) if there.any() else np.nan
+
+
+def interval_score(lower: ArrayLike, upper: ArrayLike, true: ArrayLike, level: float = 0.9) -> Array:
+    """``(u - l) + 2/alpha (l - y)_+ + 2/alpha (y - u)_+`` of each entry, ``alpha = 1 - level``: least in expectation for the true
+    quantiles.
+
+    In the unit of the data, lower is better. Source: Gneiting and Raftery 2007, equation 43. Noise floor: that of the right predictive
+    distribution, ``2 phi(z) / alpha * 2 sigma`` with ``z`` the upper quantile of a normal one. Cannot see: the distribution inside.
+    """
+    if not 0 < level < 1:
+        raise DataError(f"level={level!r} was given; give a number between 0 and 1")
+    low, high, y = _interval(lower, upper, true)
+    alpha = 1 - level
+    return (high - low) + 2 / alpha * (np.maximum(low - y, 0) + np.maximum(y - high, 0))
+
+
+def crps(draws: ArrayLike, true: ArrayLike, fair: bool = True) -> Array:
+    """Continuous ranked probability score ``E|X - y| - 1/2 E|X - X'|`` of draws [S, ...] of a prediction of ``true`` [...]; lower is
+    better.
+
+    ``fair``: ``E|X - X'|`` over pairs of different draws, unbiased for the score of the distribution that was drawn from (needs S > 1);
+    otherwise over all pairs, the score of the S draws themselves, larger by ``E|X - X'| / 2S``. For a single draw that is ``|x - y|``.
+
+    Source: Gneiting and Raftery 2007; Ferro 2014 (fair). Noise floor: ``sigma / sqrt(pi)`` of a right normal prediction. Cannot see:
+    dependence between entries.
+    """
+    x, y = np.asarray(draws, dtype=float), np.asarray(true, dtype=float)
+    if x.ndim < 1 or x.shape[1:] != y.shape or len(x) < (2 if fair else 1):
+        raise DataError(
+            f"draws of shape {x.shape} for truths of shape {y.shape} were given; give [S, ...] for [...], S > 1 for a fair score"
+        )
+    s = len(x)
+    centred = np.sort(x, axis=0) - x.mean(0)
+    rank = (2 * np.arange(s) - s + 1).reshape(-1, *[1] * y.ndim)
+    spread = 2 * (rank * centred).sum(0) / (s * (s - 1 if fair else s))
+    return np.abs(x - y).mean(0) - spread / 2
+
+
+def pit(draws: ArrayLike, true: ArrayLike, seed: int = 0) -> Array:
+    """``u = (#{x_s < y} + V (1 + #{x_s = y})) / (S + 1)`` with V uniform, of draws [S, ...] and truths [...].
+
+    Uniform whenever the truth and the draws are exchangeable, whatever S is, and for counts too (randomised). NaN where the truth is.
+    Source: Dawid 1984; Czado, Gneiting and Held 2009. Cannot see: whether the prediction is sharp.
+    """
+    x, y = np.asarray(draws, dtype=float), np.asarray(true, dtype=float)
+    if x.ndim < 1 or x.shape[1:] != y.shape or not len(x):
+        raise DataError(f"draws of shape {x.shape} for truths of shape {y.shape} were given; give [S, ...] for [...]")
+    v = np.random.default_rng(seed).uniform(size=y.shape)
+    u = ((x < y).sum(0) + v * (1 + (x == y).sum(0))) / (len(x) + 1)
+    return np.where(np.isnan(y), np.nan, u)
+
+
+def pit_uniformity(values: ArrayLike, clusters: ArrayLike | None = None, order: int = 4) -> Uniformity:
+    """Whether PIT values are uniform, allowing for dependence inside clusters.
+
+    ``ks = max |F - u|`` has no usable null where genes share cells. The test is Neyman's smooth one on cluster means: with the orthonormal
+    Legendre polynomials ``h_1..h_K`` on (0, 1) (K = ``order``: location, spread, skewness, tails) and ``g_c`` their sum over cluster c,
+    divided by the mean number of values, ``T^2 = n mean(g)' cov(g)^-1 mean(g)`` is Hotelling's, and ``(n - K) / (K (n - 1)) T^2 ~ F(K, n -
+    K)``.
+
+    Args:
+        values: any shape; NaN are left out.
+        clusters: of the same shape: what is independent of each other, the perturbations; None: every value is its own.
+
+    Returns:
+        ``p_value`` is NaN for fewer than K + 2 clusters (take fewer polynomials). Cannot see: with few clusters, all but gross errors.
+    """
+    u = np.asarray(values, dtype=float)
+    label = np.arange(u.size) if clusters is None else np.broadcast_to(np.asarray(clusters), u.shape).ravel()
+    there = np.isfinite(u.ravel())
+    u, label = u.ravel()[there], label[there]
+    if not len(u) or (u < 0).any() or (u > 1).any():
+        raise DataError(f"{len(u)} values, some outside 0 to 1 or none at all, were given; give those of pit")
+    if order < 1:
+        raise DataError(f"order={order!r} was given; give at least one polynomial")
+    place = np.sort(u)
+    n_values = len(u)
+    ks = float(max((np.arange(1, n_values + 1) / n_values - place).max(), (place - np.arange(n_values) / n_values).max()))
+    _, code = np.unique(label, return_inverse=True)
+    n = int(code.max()) + 1
+    basis = np.stack([np.sqrt(2 * k + 1) * np.polynomial.Legendre.basis(k)(2 * u - 1) for k in range(1, order + 1)], axis=1)
+    g = np.zeros((n, order))
+    np.add.at(g, code, basis)
+    g *= n / n_values
+    if n < order + 2:
+        return Uniformity(ks, np.nan, np.nan, n)
+    mean = g.mean(0)
+    statistic = float(n * mean @ np.linalg.pinv(np.atleast_2d(np.cov(g.T))) @ mean)
+    p_value = float(stats.f.sf((n - order) / (order * (n - 1)) * statistic, order, n - order))
+    return Uniformity(ks, statistic, p_value, n)
+
+
+def _interval(lower: ArrayLike, upper: ArrayLike, true: ArrayLike) -> tuple[Array, Array, Array]:
+    low, high, y = np.broadcast_arrays(*(np.asarray(a, dtype=float) for a in (lower, upper, true)))
+    if (low > high).any():
+        raise DataError("an interval whose lower end is above its upper end was given; give lower, upper, true in that order")
+    return low, high, y
