@@ -115,7 +115,8 @@ def sig_recall(predicted: DETable, true: DETable, level: float = 0.05) -> Array:
 def sig_jaccard(predicted: DETable, true: DETable, own: ArrayLike | None = None, level: float = 0.05) -> Array:
     """``|R and R_hat| / |R or R_hat|`` of the called sets, 1 where both are empty.
 
-    ``own`` [P]: column of the targeted gene, left out on both sides (vcc2026; -1: none). Source: cell-eval2 ``de_sig_jaccard``. Noise
+    ``own``: targeted genes (:func:`~pyrocausal.metrics.means.kept_genes`), left out on both sides. Source: cell-eval2 ``de_sig_jaccard``.
+    Noise
     floor: a duplicate of 400 cells has about .4. Cannot see: signs and sizes; the nearness of a gene to the threshold.
     """
     kept = kept_genes(own, *true.lfc.shape)

@@ -17,7 +17,6 @@ from numpy.typing import ArrayLike, NDArray
 from pyrocausal.errors import DataError
 
 Array = NDArray[np.float64]
-Integers = NDArray[np.int64]
 BULK_TARGET = 5e4  # counts of a pseudobulk profile
 CHUNK = 64  # cells left out at a time
 
@@ -145,8 +144,8 @@ def capped_mse(predicted: Bulk, true: Bulk, control: Bulk, own: ArrayLike | None
     cancels in their sum earns nothing.
 
     Args:
-        own: column of the perturbed gene of each perturbation [P], -1 where it is not measured; it is left out of distances (``G_p = G -
-            1``) and of B, not of the noises (its share is negligible, and cell-eval2 does the same).
+        own: targeted genes, as for :func:`kept_genes`; left out of distances (``G_p = G - 1``) and of B, not of the noises (their share is
+            negligible, and cell-eval2 does the same).
 
     Source: cell-eval2 0.20, ``expr_mse_unbiased_capped_norm`` (rule 3). NaN where no effect is left in the truth (sum of D not positive).
     Noise floor: a perfect prediction scores 0 in expectation and may be below. Cannot see: which perturbation an error belongs to, as
@@ -175,20 +174,21 @@ def capped_mse(predicted: Bulk, true: Bulk, control: Bulk, own: ArrayLike | None
 
 
 def kept_genes(own: ArrayLike | None, n_rows: int, n_genes: int) -> NDArray[np.bool_]:
-    """Mask [P, n_genes], False at the gene that each perturbation targets (``own`` [P], -1 for none)."""
+    """Mask [P, n_genes], False at the genes that each perturbation targets.
+
+    ``own``: the column of the targeted gene of each perturbation [P], -1 where it is not among the genes, or a mask [P, n_genes] (of
+    combinations, several).
+    """
     kept = np.ones((n_rows, n_genes), dtype=bool)
-    if own is not None:
-        column = own_columns(own, n_rows, n_genes)
-        kept[np.flatnonzero(column >= 0), column[column >= 0]] = False
-    return kept
-
-
-def own_columns(own: ArrayLike, n_rows: int, n_genes: int) -> Integers:
-    """``own`` [P], checked: the column of the targeted gene, -1 where it is not among the genes."""
-    column = np.asarray(own)
-    if column.shape != (n_rows,) or not np.issubdtype(column.dtype, np.integer) or (column < -1).any() or (column >= n_genes).any():
+    if own is None:
+        return kept
+    given = np.asarray(own)
+    if given.dtype == bool and given.shape == kept.shape:
+        return ~given
+    if given.shape != (n_rows,) or not np.issubdtype(given.dtype, np.integer) or (given < -1).any() or (given >= n_genes).any():
         raise DataError(f"own={own!r} was given; give the column of the targeted gene of each of {n_rows} perturbations, -1 for none")
-    return column.astype(np.int64)
+    kept[np.flatnonzero(given >= 0), given[given >= 0]] = False
+    return kept
 
 
 def dense(cells: Any) -> Array:

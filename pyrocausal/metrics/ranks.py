@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.spatial.distance import cdist
 
 from pyrocausal.errors import DataError, nearest
-from pyrocausal.metrics.means import Array, kept_genes, own_columns
+from pyrocausal.metrics.means import Array, kept_genes
 
 Among = Literal["truths", "predictions"]
 Distance = Literal["l1", "l2", "cosine"]
@@ -91,7 +91,7 @@ def retrieval(
         predicted: [P, n_genes]: profiles, or changes; every row NaN where nothing was predicted, which scores NaN and is nobody's rival.
         true: [T, n_genes], the panel, in the same unit.
         ranking: a convention, or its name in ``RANKINGS``.
-        own: column of the targeted gene of each truth [T], -1 where it is not measured; needed where genes are excluded.
+        own: targeted genes of each truth, as for :func:`~pyrocausal.metrics.means.kept_genes`; needed where genes are excluded.
         rows: the truth that each prediction is of, [P]; 0..P-1 if None. n is the number of rivals and the match: T, or P.
 
     Noise floor: a technical duplicate, on screens of similar perturbations far from perfect. Cannot see: scale (cosine) or a shift common
@@ -133,15 +133,14 @@ def _distances(p: Array, t: Array, how: Ranking, own: ArrayLike | None, match: N
         return _pairwise(p, t, how.distance)
     if own is None:
         raise DataError(f"the ranking leaves out genes ({how.exclude}) and own=None was given; give the targeted column of each truth")
-    column = own_columns(own, *t.shape)
+    kept = kept_genes(own, *t.shape)
     if how.exclude == "panel":
-        kept = np.flatnonzero(kept_genes(column, *t.shape).all(0))
-        return _pairwise(p[:, kept], t[:, kept], how.distance)
-    target = column[match]
+        there = np.flatnonzero(kept.all(0))
+        return _pairwise(p[:, there], t[:, there], how.distance)
     d = _pairwise(p, t, how.distance)
-    for row in np.flatnonzero(target >= 0):
-        kept = np.delete(np.arange(t.shape[1]), target[row])
-        d[row] = _pairwise(p[row : row + 1, kept], t[:, kept], how.distance)[0]
+    for row in np.flatnonzero(~kept[match].all(1)):
+        there = np.flatnonzero(kept[match[row]])
+        d[row] = _pairwise(p[row : row + 1, there], t[:, there], how.distance)[0]
     return d
 
 
