@@ -24,6 +24,7 @@ from pyrocausal.metrics.means import Array
 from pyrocausal.metrics.panel import Entry, Panel, Side
 from pyrocausal.metrics.ranks import RANKINGS, retrieval
 
+RESAMPLED = 0.95  # least share of resamples in which a scale exists, for an interval of s
 BDS, DRF = 0.9, 0.5  # least share of perturbations and least dynamic range of an admitted metric
 
 
@@ -70,9 +71,10 @@ def score_panel(
 
     Returns:
         A table with ``metric``, ``convention``, ``higher`` (is better), ``n`` (perturbations with a value) and ``n_failed``, ``u`` the
-        value, ``b`` of the negative control, ``r`` of the replicate, ``s = (u - b) / (r - b)`` (not clipped), ``null_mean`` and ``null_p``
-        (one-sided: share of permutations as good, the prediction counted with them), ``low`` and ``high`` (95 % of u), ``s_low`` and
-        ``s_high`` (of s; u, b and r resampled together), ``drf``, ``bds``, ``admitted``, ``note``.
+        value, ``b`` of the negative control, ``r`` of the replicate, ``s = (u - b) / (r - b)`` (not clipped; NaN where the replicate is no
+        better than the baseline: there is no scale then), ``null_mean`` and ``null_p`` (one-sided: share of permutations as good, the
+        prediction counted with them), ``low`` and ``high`` (95 % of u), ``s_low`` and ``s_high`` (of s; u, b and r resampled together),
+        ``drf``, ``bds``, ``admitted``, ``note``.
 
     ``drf`` is the mean :func:`dynamic_range`, ``bds`` the share of perturbations in which the positive control (of metrics of means the
     interpolated duplicate, else the replicate) beats the negative one; a ratio of sums has them over bootstrap resamples. Admitted: ``bds``
@@ -92,16 +94,17 @@ def score_panel(
     return pd.DataFrame([_row(metric, sides, panel, orders, resamples) for metric in metrics])
 
 
-def dynamic_range(positive: ArrayLike, negative: ArrayLike, best: float) -> Array:
+def dynamic_range(positive: ArrayLike, negative: ArrayLike, best: float, higher: bool = True) -> Array:
     """``(m+ - m-) / (best - m-)``, clipped to [-1, 1]: what part of the way from the negative control to perfection the positive one goes.
 
-    Entry by entry, for scores and errors alike; NaN where the negative control is perfect or beyond. Source: Miller et al. 2025 (DRF),
-    whose published code adds 1e-6 to the denominator. Cannot see: whether a gap is due to a few perturbations; read it beside BDS.
+    Entry by entry, the signs turned for errors (``higher=False``); NaN where the negative control is perfect or beyond. Source: Miller et
+    al. 2025 (DRF), whose published code adds 1e-6 to the denominator. Cannot see: whether a gap is due to a few perturbations; read it
+    beside BDS.
     """
     m, low = np.asarray(positive, dtype=float), np.asarray(negative, dtype=float)
-    room = best - low
-    with np.errstate(divide="ignore", invalid="ignore"):
-        return np.where(room != 0, np.clip((m - low) / room, -1.0, 1.0), np.nan)
+    room = best - low if higher else low - best
+    gain = m - low if higher else low - m
+    return np.where(room > 0, np.clip(gain / np.where(room > 0, room, 1.0), -1.0, 1.0), np.nan)
 
 
 def _row(metric: Metric, sides: dict[str, Side], panel: Panel, orders: NDArray[np.int64], resamples: Array) -> dict[str, object]:
@@ -117,7 +120,7 @@ def _row(metric: Metric, sides: dict[str, Side], panel: Panel, orders: NDArray[n
     value = {k: float(_combine(v, np.ones((1, len(v))))[0]) if (v := parts.get(k)) is not None else np.nan for k in names}
     u, b, r = value["u"], value["b"], value["r"]
     row |= {"n": int(np.isfinite(parts["u"]).all(1).sum()) if "u" in parts else 0, "n_failed": int(sides["u"].failed.sum())}
-    row |= {"u": u, "b": b, "r": r, "s": (u - b) / (r - b) if r != b else np.nan}
+    row |= {"u": u, "b": b, "r": r, "s": float(_scaled(metric, u, b, r))}
     drawn = {k: _combine(v, resamples) for k, v in parts.items()}
     row |= {"null_mean": np.nan, "null_p": np.nan, "low": np.nan, "high": np.nan, "s_low": np.nan, "s_high": np.nan}
     if np.isfinite(u) and len(orders):
@@ -127,12 +130,18 @@ def _row(metric: Metric, sides: dict[str, Side], panel: Panel, orders: NDArray[n
     if np.isfinite(u) and len(resamples):
         row["low"], row["high"] = np.nanquantile(drawn["u"], [0.025, 0.975])
         if {"b", "r"} <= set(parts):
-            with np.errstate(divide="ignore", invalid="ignore"):
-                scaled = (drawn["u"] - drawn["b"]) / (drawn["r"] - drawn["b"])
-            if np.isfinite(scaled).any():
-                row["s_low"], row["s_high"] = np.nanquantile(np.where(np.isfinite(scaled), scaled, np.nan), [0.025, 0.975])
+            scaled = _scaled(metric, drawn["u"], drawn["b"], drawn["r"])
+            if np.isfinite(scaled).mean() >= RESAMPLED:
+                row["s_low"], row["s_high"] = np.nanquantile(scaled, [0.025, 0.975])
     row |= _calibration(metric, parts, drawn)
     return row | {"note": f"needs {metric.needs}: {', '.join(lacking)} without them" if lacking else ""}
+
+
+def _scaled(metric: Metric, u: ArrayLike, b: ArrayLike, r: ArrayLike) -> Array:
+    """``(u - b) / (r - b)``, NaN where the replicate does not beat the baseline."""
+    u, b, r = (np.asarray(x, dtype=float) for x in (u, b, r))
+    ahead = r > b if metric.higher else r < b
+    return np.where(ahead, (u - b) / np.where(ahead, r - b, 1.0), np.nan)
 
 
 def _calibration(metric: Metric, parts: dict[str, Array], drawn: dict[str, Array]) -> dict[str, object]:
@@ -144,7 +153,7 @@ def _calibration(metric: Metric, parts: dict[str, Array], drawn: dict[str, Array
     if not known.any():
         return {"drf": np.nan, "bds": np.nan, "admitted": False}
     better = m > low if metric.higher else m < low
-    ranges = dynamic_range(m[known], low[known], metric.best)
+    ranges = dynamic_range(m[known], low[known], metric.best, metric.higher)
     drf = float(np.nanmean(ranges)) if np.isfinite(ranges).any() else np.nan
     bds = float(better[known].mean())
     return {"drf": drf, "bds": bds, "admitted": bool(bds >= BDS and drf >= DRF)}
@@ -313,5 +322,5 @@ PRESETS: dict[str, tuple[Metric, ...]] = {
     ),
 }  # fmt: skip
 """Published suites: the Virtual Cell Challenges of 2025 and 2026 (cell-eval, cell-eval2), PerturBench, Systema, Mejia et al. 2025,
-scPerturb and scperteval. A baseline that is one profile for all scores the worst rank where ties count against it (``systema``,
-``perturbench``, ``nir``)."""
+scPerturb and scperteval. A baseline that is one profile for all
+has the worst rank in ``perturbench``, where predictions are ranked and ties lose."""
