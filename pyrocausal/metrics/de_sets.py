@@ -80,7 +80,7 @@ def adjust(p_value: ArrayLike) -> Array:
     n = known.sum(-1, keepdims=True)
     order = np.argsort(np.where(known, p, np.inf), axis=-1, kind="stable")
     rank = np.arange(1, p.shape[-1] + 1)
-    scaled = np.take_along_axis(np.where(known, p, np.inf), order, -1) * n / rank
+    scaled = np.take_along_axis(np.where(known, p, np.inf), order, -1) * np.maximum(n, 1) / rank
     least = np.minimum.accumulate(scaled[..., ::-1], axis=-1)[..., ::-1]
     out = np.empty_like(p)
     np.put_along_axis(out, order, np.minimum(least, 1.0), -1)
