@@ -49,13 +49,14 @@ class Fixture:
         return np.log1p(1e4 * cells / np.maximum(cells.sum(1, keepdims=True), 1))
 
     @property
+    def logs(self) -> list[Any]:
+        return [(self.log(a), self.log(b)) for a, b in zip(self.true, self.predicted, strict=True)]
+
+    @property
     def means(self) -> tuple[Any, Any, Any]:
         """Means of :meth:`log`: predicted [P, G], true [P, G], control [G]."""
-        return (
-            np.stack([self.log(x).mean(0) for x in self.predicted]),
-            np.stack([self.log(x).mean(0) for x in self.true]),
-            self.log(self.control).mean(0),
-        )
+        true, predicted = (np.stack([x.mean(0) for x in side]) for side in zip(*self.logs, strict=True))
+        return predicted, true, self.log(self.control).mean(0)
 
 
 def fixture(name: str) -> Fixture:
@@ -124,27 +125,23 @@ def ours(f: Fixture) -> dict[str, Any]:
     p, t, c = f.means
     centre = ev.perturbed_mean(t)
     weights = ev.de_weights(f.score)
-    cells = [(f.log(a), f.log(b)) for a, b in zip(f.predicted, f.true, strict=True)]
     bulk = [ev.bulk_lognorm(x) for x in (f.predicted, f.true, [f.control])]
     capped = ev.capped_mse(*bulk, own=f.own)
     change = [b.value - bulk[2].value for b in bulk[:2]]
     hat, true = (ev.DETable(**f.tables[side]) for side in ("predicted", "true"))
-    rank = hat.p_adjusted
     from_cells = ev.wilcoxon_de(f.predicted, f.control, min_control=5.0)
 
-    def each(distance: Callable[[Any, Any], float]) -> list[float]:
-        return [distance(a, b) for a, b in cells]
+    def each(distance: Any) -> list[float]:
+        return [distance(a, b) for b, a in f.logs]
 
     out: dict[str, Any] = {
         "sklearn mse": ev.mse(p, t),
-        "sklearn mae": ev.mae(p, t),
         "sklearn weighted_r2": ev.weighted_r2(p, t, centre, weights),
-        "sklearn average_precision": ev.de_auprc(-rank, true),
+        "sklearn average_precision": ev.de_auprc(-hat.p_adjusted, true),
         "scperteval pearson_ctrl": ev.delta_correlation(p, t, c),
         "scperteval pearson_pert": ev.delta_correlation(p, t, centre),
         "scperteval weighted_pearson": ev.delta_correlation(p, t, centre, weights),
         "scperteval wmse_exp2": ev.weighted_mse(p, t, weights),
-        "scperteval wmse_exp1": ev.weighted_mse(p, t, ev.de_weights(f.score, 1.0)),
         "scperteval weighted_r2": ev.weighted_r2(p, t, c, weights),
         "scperteval l2_heg": ev.l2_heg(p, t, c, k=10),
         "scperteval rank": ev.retrieval(p, t, ev.Ranking("predictions", "l2", "for", "n-1", "none", "rank")),
@@ -155,7 +152,6 @@ def ours(f: Fixture) -> dict[str, Any]:
         "scperturb edist": each(lambda a, b: ev.energy_distance(a, b, *ev.ENERGY["scperturb"])),
         "gge energy": each(lambda a, b: ev.energy_distance(a, b, *ev.ENERGY["gge"])),
         "cell_eval pearson_delta": ev.delta_correlation(p, t, c),
-        "cell_eval mse": ev.mse(p, t),
         "cell_eval mae": ev.mae(p, t),
         "cell_eval pds_l1": ev.retrieval(p - c, t - c, "vcc2025", own=f.own),
         "cell_eval overlap_at_N": ev.overlap_at_n(hat, true),
@@ -164,7 +160,7 @@ def ours(f: Fixture) -> dict[str, Any]:
         "cell_eval recall": ev.sig_recall(hat, true),
         "cell_eval direction_match": ev.direction_match(hat, true),
         "cell_eval spearman_lfc": ev.lfc_spearman(hat, true),
-        "cell_eval pr_auc": ev.de_auprc(-np.log10(np.clip(rank, 1e-10, 1.0)), true),
+        "cell_eval pr_auc": ev.de_auprc(-np.log10(np.clip(hat.p_adjusted, 1e-10, 1.0)), true),
         "cell_eval2 bulk": bulk[1].value.sum(1),
         "cell_eval2 jackknife": bulk[1].noise,
         "cell_eval2 capped_numerator": capped.numerator,
@@ -174,7 +170,6 @@ def ours(f: Fixture) -> dict[str, Any]:
         "cell_eval2 lfc_nmae": ev.lfc_nmae(hat, true, own=f.own, min_genes=3),
         "cell_eval2 fidelity": ev.direction_fidelity(hat, true, own=f.own),
         "cell_eval2 reach": ev.direction_reach(hat, true, own=f.own),
-        "cell_eval2 overlap": ev.overlap_at_n(hat, true),
         "cell_eval2 de_lfc": np.nansum(np.where(np.abs(from_cells.lfc) < 20, from_cells.lfc, 0), axis=1),
         "gadjid sid": [ev.structural_intervention_distance(f.graphs[1], f.graphs[0])],
         "gadjid shd": [ev.graph_scores(*(g.astype(float) for g in f.graphs[::-1]))["shd"]],
@@ -196,26 +191,20 @@ def oracles(f: Fixture) -> dict[str, Any]:
 
 def _sklearn(f: Fixture) -> dict[str, Callable[[], Any]]:
     import sklearn.metrics as sk
+    from scperteval.blocks.de import mejia_weights
 
     p, t, _ = f.means
     true, hat = f.tables["true"], f.tables["predicted"]
     label = true["p_adjusted"] < 0.05
-    w, mu = _weights(f.score), t.mean(0)
+    w, mu = [mejia_weights(s) for s in f.score], t.mean(0)
     usable = [0 < row.sum() < row.size for row in label]
     return {
         "sklearn mse": lambda: [sk.mean_squared_error(a, b) for a, b in zip(t, p, strict=True)],
-        "sklearn mae": lambda: [sk.mean_absolute_error(a, b) for a, b in zip(t, p, strict=True)],
         "sklearn weighted_r2": lambda: [sk.r2_score(a - mu, b - mu, sample_weight=v) for a, b, v in zip(t, p, w, strict=True)],
         "sklearn average_precision": lambda: [
             sk.average_precision_score(y, s) if ok else np.nan for y, s, ok in zip(label, -hat["p_adjusted"], usable, strict=True)
         ],
     }
-
-
-def _weights(score: Any) -> Any:
-    from scperteval.blocks.de import mejia_weights
-
-    return np.stack([mejia_weights(s) for s in score])
 
 
 def _scperteval(f: Fixture) -> dict[str, Callable[[], Any]]:
@@ -224,7 +213,7 @@ def _scperteval(f: Fixture) -> dict[str, Callable[[], Any]]:
     p, t, c = f.means
     mu = t.mean(0)
     heg = np.argsort(-c, kind="stable")[:10]
-    table = f.tables["true"]
+    truths = [type("DE", (), {"pvalue_adj": row}) for row in f.tables["true"]["p_adjusted"]]
 
     class Context:  # what a weighted metric asks for: the score of the perturbation at hand
         current_pert, cfg = 0, type("Config", (), {"truth": "truth"})
@@ -238,26 +227,21 @@ def _scperteval(f: Fixture) -> dict[str, Callable[[], Any]]:
     def rows(metric: Callable[..., float], shift: Any = 0.0, **options: Any) -> list[float]:
         return [metric(a - shift, b - shift, Context(s), **options) for a, b, s in zip(t, p, f.score, strict=True)]
 
-    def de(row: int) -> Any:
-        return type("DE", (), {"pvalue_adj": table["p_adjusted"][row]})
-
-    logs = [(f.log(a), f.log(b)) for a, b in zip(f.true, f.predicted, strict=True)]
     out = {
         "scperteval pearson_ctrl": lambda: rows(m.pearson, c),
         "scperteval pearson_pert": lambda: rows(m.pearson, mu),
         "scperteval weighted_pearson": lambda: rows(m.weighted_pearson, mu),
         "scperteval wmse_exp2": lambda: rows(m.weighted_mse),
-        "scperteval wmse_exp1": lambda: rows(m.weighted_mse, exp=1.0),
         "scperteval weighted_r2": lambda: rows(m.weighted_r2, c),
         "scperteval l2_heg": lambda: [m.l2(a[heg], b[heg], None) for a, b in zip(t, p, strict=True)],
-        "scperteval energy": lambda: [m.energy_distance(a, b, None) for a, b in logs],
-        "scperteval mmd": lambda: [m.unbiased_mmd_median(a, b, None) for a, b in logs],
-        "scperteval de_auprc": lambda: [m.de_auprc(de(i), np.abs(lfc), None) for i, lfc in enumerate(f.tables["predicted"]["lfc"])],
+        "scperteval energy": lambda: [m.energy_distance(a, b, None) for a, b in f.logs],
+        "scperteval mmd": lambda: [m.unbiased_mmd_median(a, b, None) for a, b in f.logs],
+        "scperteval de_auprc": lambda: [m.de_auprc(*pair, None) for pair in zip(truths, np.abs(f.tables["predicted"]["lfc"]), strict=True)],
     }
     if len(np.unique(np.round(np.concatenate([p, t]), 9), axis=0)) == 2 * len(p):  # it breaks ties at random
         out |= {
-            "scperteval rank": lambda: m.rank_retrieval(list(t), list(p), None),
-            "scperteval nir": lambda: m.nir(list(t), list(p), None),
+            "scperteval rank": lambda: m.rank_retrieval(t, p, None),
+            "scperteval nir": lambda: m.nir(t, p, None),
         }
     return out
 
@@ -268,18 +252,16 @@ def _cells(f: Fixture) -> dict[str, Callable[[], Any]]:
     from gge.metrics.distances import EnergyDistance
     from scperturb import edist
 
-    logs = [(f.log(a), f.log(b)) for a, b in zip(f.true, f.predicted, strict=True)]
-
     def scperturb(a: Any, b: Any) -> float:
         data = ad.AnnData(np.concatenate([a, b]), obs=pd.DataFrame({"perturbation": ["a"] * len(a) + ["b"] * len(b)}).rename(index=str))
         data.obsm["X_pca"] = data.X
         return edist(data, verbose=False).loc["a", "b"]
 
-    if min(len(x) for pair in logs for x in pair) < 2:  # both are NaN for a sample of one cell; we follow scperteval there
+    if min(len(x) for pair in f.logs for x in pair) < 2:  # both are NaN for a sample of one cell; we follow scperteval there
         return {}
     return {
-        "scperturb edist": lambda: [scperturb(a, b) for a, b in logs],
-        "gge energy": lambda: [EnergyDistance(use_geomloss=False).compute_per_gene(a, b).mean() for a, b in logs],
+        "scperturb edist": lambda: [scperturb(a, b) for a, b in f.logs],
+        "gge energy": lambda: [EnergyDistance(use_geomloss=False).compute_per_gene(a, b).mean() for a, b in f.logs],
     }
 
 
@@ -317,7 +299,6 @@ def _cell_eval(f: Fixture) -> dict[str, Callable[[], Any]]:
 
     return {
         "cell_eval pearson_delta": lambda: ordered(m.pearson_delta(pair)),
-        "cell_eval mse": lambda: ordered(m.mse(pair)),
         "cell_eval mae": lambda: ordered(m.mae(pair)),
         "cell_eval pds_l1": lambda: ordered(m.discrimination_score(pair, "l1")),
         "cell_eval overlap_at_N": lambda: ordered(d.de_overlap_metric(table, None)),
@@ -331,6 +312,7 @@ def _cell_eval(f: Fixture) -> dict[str, Callable[[], Any]]:
 
 
 def _cell_eval2(f: Fixture) -> dict[str, Callable[[], Any]]:
+    import polars as pl
     from cell_eval2.de import prepare_de, resolve_target_genes
     from cell_eval2.de_compute import compute_de
     from cell_eval2.metrics import de, delta, direction, discrimination
@@ -350,8 +332,6 @@ def _cell_eval2(f: Fixture) -> dict[str, Callable[[], Any]]:
         return [answer.get(k, np.nan) for k in f.labels]
 
     def fold_changes() -> list[float]:
-        import polars as pl
-
         found = compute_de(
             _anndata(f, f.predicted, lambda y: y), groupby="target", reference="non-targeting", backend="pdex", input_type="counts",
             mean_calc="arithmetic", epsilon=1e-9, filter_gene_min_cpm_cell=5.0, threads=1,
@@ -374,7 +354,6 @@ def _cell_eval2(f: Fixture) -> dict[str, Callable[[], Any]]:
             dict(direction._fidelity_family(table).select("target", "direction_fidelity_yield_raw").iter_rows())[k] for k in f.labels
         ],
         "cell_eval2 reach": lambda: ordered(direction.de_direction_reach(table, corrected=False)),
-        "cell_eval2 overlap": lambda: ordered(de.de_overlap(table, k=None)),
         "cell_eval2 de_lfc": fold_changes,
     }
 
@@ -390,7 +369,7 @@ def _gadjid(f: Fixture) -> dict[str, Callable[[], Any]]:
 
 
 def differences(stored: dict[str, dict[str, list[float | None]]]) -> dict[str, float]:
-    """The largest difference of each entry over all fixtures; inf where one side has a value and the other has none, or sizes differ."""
+    """The largest difference of each entry over all fixtures; inf where only one side has a value."""
     worst: dict[str, float] = {}
     for name, entries in stored.items():
         values = ours(fixture(name))
@@ -409,9 +388,8 @@ def main(command: str, path: str) -> None:
         stored = {}
         for name in NAMES:
             print(name)
-            stored[name] = {
-                k: [None if np.isnan(x) else float(f"{x:.9g}") for x in np.atleast_1d(v)] for k, v in oracles(fixture(name)).items()
-            }
+            answers = {k: np.atleast_1d(v) for k, v in oracles(fixture(name)).items()}
+            stored[name] = {k: [None if np.isnan(x) else float(f"{x:.9g}") for x in v] for k, v in answers.items()}
         Path(path).write_text("{\n" + ",\n".join(f'"{k}": {json.dumps(v, separators=(",", ":"))}' for k, v in stored.items()) + "\n}\n")
     else:
         for key, gap in sorted(differences(json.loads(Path(path).read_text())).items()):
