@@ -13,8 +13,7 @@ Mask = NDArray[np.bool_]
 
 
 def structural_intervention_distance(predicted: ArrayLike, true: ArrayLike) -> int:
-    """Number of ordered pairs (i, j) for which adjusting for the *predicted* parents of i gives a wrong ``p(x_j | do(x_i))``, 0 to d (d -
-    1).
+    """Number of ordered pairs (i, j) for which adjusting for the *predicted* parents of i gives a wrong ``p(x_j | do(x_i))``.
 
     If j is a predicted parent of i, the prediction says "no effect": wrong if i is an ancestor of j. Otherwise the predicted parents Z have
     to be a valid adjustment set in the true graph: no member descends from a node on a directed path from i to j, and every other path
@@ -24,7 +23,8 @@ def structural_intervention_distance(predicted: ArrayLike, true: ArrayLike) -> i
         predicted, true: [d, d], non-zero where row acts on column; acyclic.
 
     Source: Peters and Buhlmann 2015; as in ``gadjid.sid``. Cannot see: extra edges that respect the causal order (the full graph of the
-    right order has distance 0), so stand the structural Hamming distance beside it. Not symmetric.
+    right order has distance 0), so stand the structural Hamming distance beside it. Not symmetric. Noise floor:
+    none, the true graph has 0; the empty graph has the number of pairs in which j is upstream of i or shares a cause with it.
     """
     guess, graph = _acyclic(predicted), _acyclic(true)
     if guess.shape != graph.shape:

@@ -76,7 +76,8 @@ def pit(draws: ArrayLike, true: ArrayLike, seed: int = 0) -> Array:
     """``u = (#{x_s < y} + V (1 + #{x_s = y})) / (S + 1)`` with V uniform, of draws [S, ...] and truths [...].
 
     Uniform whenever the truth and the draws are exchangeable, whatever S is, and for counts too (randomised). NaN where the truth is.
-    Source: Dawid 1984; Czado, Gneiting and Held 2009. Cannot see: whether the prediction is sharp.
+    Source: Dawid 1984; Czado, Gneiting and Held 2009. Noise floor: a histogram of n values scatters by ``1 / sqrt(n)`` of a bin's
+    share or more, as genes share cells (:func:`pit_uniformity`). Cannot see: whether the prediction is sharp.
     """
     x, y = np.asarray(draws, dtype=float), np.asarray(true, dtype=float)
     if x.ndim < 1 or x.shape[1:] != y.shape or not len(x):

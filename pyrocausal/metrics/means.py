@@ -128,7 +128,9 @@ def bulk_lognorm(cells: Sequence[ArrayLike], target: float = BULK_TARGET) -> Bul
     ``b_g = log(1 + T S_g / sum_g S_g)`` with ``S_g`` the counts of gene g summed over cells; ``noise = (n-1)/n sum_g sum_i (v_ig -
     v_g)^2``, the delete-one-cell jackknife, ``v_ig`` being ``b_g`` without cell i and ``v_g`` its mean over i; 0 for a single cell. Group
     sums make ``b`` a function of the mean alone: means of log1p of cells, which everyone else takes, also reward the right dispersion. The
-    jackknife is biased upwards, by .3 % at ``T = 5e4``. Source: cell-eval2 (vcc2026); a group without counts has profile and noise 0.
+    jackknife is biased upwards: by .3 % for 400 cells of 20,000 counts, far more where T is large against the counts of a group (then even
+    a replicate can be below 0, or no effect be left: give a smaller T). Source: cell-eval2 (vcc2026); a group without counts has profile
+    and noise 0.
     """
     value, noise = zip(*(_bulk(x, target) for x in cells), strict=True) if len(cells) else ((), ())
     return Bulk(np.array(value, dtype=float), np.array(noise, dtype=float))

@@ -9,7 +9,7 @@ beats the baseline say whether a metric can tell anything on the data at hand; o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -22,9 +22,10 @@ from pyrocausal.metrics.delta import cosine, delta_correlation, top_genes
 from pyrocausal.metrics.distances import ENERGY
 from pyrocausal.metrics.means import Array
 from pyrocausal.metrics.panel import Entry, Panel, Side
-from pyrocausal.metrics.ranks import RANKINGS, retrieval
+from pyrocausal.metrics.ranks import RANKINGS, Ties, retrieval
 
 RESAMPLED = 0.95  # least share of resamples in which a scale exists, for an interval of s
+ENOUGH = 5  # least number of perturbations with a value, of an admitted metric
 BDS, DRF = 0.9, 0.5  # least share of perturbations and least dynamic range of an admitted metric
 
 
@@ -40,6 +41,7 @@ class Metric:
         needs: ``"means"``, ``"cells"`` or ``"counts"``.
         negative: the prediction without skill: ``"baseline"`` (the mean response) or ``"control"``, where the mean response is the
             reference.
+        parts_of_negative: for it, where the convention does not give one profile for all what chance gives; None: ``parts``.
 
     The value of the panel is the mean over perturbations; of parts [P, 2], the ratio of the sums of the columns.
     """
@@ -52,6 +54,7 @@ class Metric:
     higher: bool
     needs: Literal["means", "cells", "counts"] = "means"
     negative: Literal["baseline", "control"] = "baseline"
+    parts_of_negative: Callable[[Side, Side, Panel], Array] | None = None
 
 
 def score_panel(
@@ -78,7 +81,8 @@ def score_panel(
 
     ``drf`` is the mean :func:`dynamic_range`, ``bds`` the share of perturbations in which the positive control (of metrics of means the
     interpolated duplicate, else the replicate) beats the negative one; a ratio of sums has them over bootstrap resamples. Admitted: ``bds``
-    of at least .9 and ``drf`` of at least .5. Truth and replicate are halves: a model that knew the truth would score beyond s = 1.
+    of at least .9, ``drf`` of at least .5, a replicate ahead of the baseline, and values for five perturbations. Truth and replicate are
+    halves: a model that knew the truth would score beyond s = 1.
 
     Bootstrap intervals take ranks, weights and ``rho`` as given and perturbations as independent; a few perturbations give a rough one.
     """
@@ -114,7 +118,7 @@ def _row(metric: Metric, sides: dict[str, Side], panel: Panel, orders: NDArray[n
     if metric.needs == "counts" and not panel.counts:
         lacking = list(names)
     true = sides["t"]
-    parts = {k: _parts(metric, sides[name], true, panel) for k, name in names.items() if k not in lacking}
+    parts = {k: _parts(metric, sides[name], true, panel, k == "b") for k, name in names.items() if k not in lacking}
     if "u" in parts and "b" in parts:
         parts["u"] = _punished(metric, sides["u"], parts["u"], parts["b"])
     value = {k: float(_combine(v, np.ones((1, len(v))))[0]) if (v := parts.get(k)) is not None else np.nan for k in names}
@@ -133,7 +137,7 @@ def _row(metric: Metric, sides: dict[str, Side], panel: Panel, orders: NDArray[n
             scaled = _scaled(metric, drawn["u"], drawn["b"], drawn["r"])
             if np.isfinite(scaled).mean() >= RESAMPLED:
                 row["s_low"], row["s_high"] = np.nanquantile(scaled, [0.025, 0.975])
-    row |= _calibration(metric, parts, drawn)
+    row |= _calibration(metric, parts, drawn, bool(np.isfinite(_scaled(metric, r, b, r))))
     return row | {"note": f"needs {metric.needs}: {', '.join(lacking)} without them" if lacking else ""}
 
 
@@ -144,7 +148,7 @@ def _scaled(metric: Metric, u: ArrayLike, b: ArrayLike, r: ArrayLike) -> Array:
     return np.where(ahead, (u - b) / np.where(ahead, r - b, 1.0), np.nan)
 
 
-def _calibration(metric: Metric, parts: dict[str, Array], drawn: dict[str, Array]) -> dict[str, object]:
+def _calibration(metric: Metric, parts: dict[str, Array], drawn: dict[str, Array], ahead: bool) -> dict[str, object]:
     if not {"p", "b"} <= set(parts):
         return {"drf": np.nan, "bds": np.nan, "admitted": False}
     plain = parts["p"].shape[1] == 1
@@ -156,11 +160,16 @@ def _calibration(metric: Metric, parts: dict[str, Array], drawn: dict[str, Array
     ranges = dynamic_range(m[known], low[known], metric.best, metric.higher)
     drf = float(np.nanmean(ranges)) if np.isfinite(ranges).any() else np.nan
     bds = float(better[known].mean())
-    return {"drf": drf, "bds": bds, "admitted": bool(bds >= BDS and drf >= DRF)}
+    return {
+        "drf": drf,
+        "bds": bds,
+        "admitted": bool(ahead and (parts["p"].shape[0] if not plain else known.sum()) >= ENOUGH and bds >= BDS and drf >= DRF),
+    }
 
 
-def _parts(metric: Metric, side: Side, true: Side, panel: Panel) -> Array:
-    parts = np.asarray(metric.parts(side, true, panel), dtype=float)
+def _parts(metric: Metric, side: Side, true: Side, panel: Panel, negative: bool = False) -> Array:
+    function = metric.parts_of_negative if negative and metric.parts_of_negative is not None else metric.parts
+    parts = np.asarray(function(side, true, panel), dtype=float)
     return parts[:, None] if parts.ndim == 1 else parts
 
 
@@ -217,9 +226,10 @@ def _pds(side: Side, true: Side, panel: Panel) -> Array:
     return retrieval(side.bulk.value - base, true.bulk.value - base, "vcc2026", own=panel.own)
 
 
-def _rank(name: str) -> Callable[[Side, Side, Panel], Array]:
-    """Ranks of changes from control."""
-    return lambda s, t, p: retrieval(s.means - p.control.means, t.means - p.control.means, name, own=p.own)
+def _rank(name: str, ties: Ties | None = None) -> Callable[[Side, Side, Panel], Array]:
+    """Ranks of changes from control; with other ties than the convention's, if given."""
+    how = RANKINGS[name] if ties is None else replace(RANKINGS[name], ties=ties)
+    return lambda s, t, p: retrieval(s.means - p.control.means, t.means - p.control.means, how, own=p.own)
 
 
 def _weighted(exponent: float) -> Callable[[Side, Side, Panel], Array]:
@@ -285,9 +295,11 @@ PRESETS: dict[str, tuple[Metric, ...]] = {
     ),
     "perturbench": (
         Metric("cosine", f"{_LOG}, minus control", lambda s, t, p: cosine(s.means, t.means, p.control.means), 1, -1, True),
-        Metric("rank_cosine", f"{_LOG}, minus control; {RANKINGS['perturbench']}", _rank("perturbench"), 0, 1, False),
+        Metric("rank_cosine", f"{_LOG}, minus control; {RANKINGS['perturbench']}", _rank("perturbench"), 0, 1, False,
+               parts_of_negative=_rank("perturbench", "midrank")),
         Metric("rmse", _LOG, lambda s, t, p: means.rmse(s.means, t.means), 0, np.nan, False),
-        Metric("rank_rmse", f"{_LOG}; {RANKINGS['perturbench_rmse']}", _rank("perturbench_rmse"), 0, 1, False),
+        Metric("rank_rmse", f"{_LOG}; {RANKINGS['perturbench_rmse']}", _rank("perturbench_rmse"), 0, 1, False,
+               parts_of_negative=_rank("perturbench_rmse", "midrank")),
     ),
     "systema": (
         _PEARSON_PERT,
@@ -322,5 +334,4 @@ PRESETS: dict[str, tuple[Metric, ...]] = {
     ),
 }  # fmt: skip
 """Published suites: the Virtual Cell Challenges of 2025 and 2026 (cell-eval, cell-eval2), PerturBench, Systema, Mejia et al. 2025,
-scPerturb and scperteval. A baseline that is one profile for all
-has the worst rank in ``perturbench``, where predictions are ranked and ties lose."""
+scPerturb and scperteval. The baseline of ``perturbench``, one profile for all, has the rank of chance, though ties count against models."""
