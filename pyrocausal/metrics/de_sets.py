@@ -107,8 +107,8 @@ def overlap_at_n(predicted: DETable, true: DETable, level: float = 0.05, k: int 
 def sig_recall(predicted: DETable, true: DETable, level: float = 0.05) -> Array:
     """``|R and R_hat| / |R|`` of the called sets; NaN where R is empty.
 
-    Source: cell-eval ``de_sig_genes_recall``. Noise floor: that of a duplicate, the power of the test. Cannot see: false calls; calling every
-    gene has recall 1, so stand :func:`sig_jaccard` beside it.
+    Source: cell-eval ``de_sig_genes_recall``. Noise floor: that of a duplicate, the power of the test. Cannot see: false calls; calling
+    every gene has recall 1, so stand :func:`sig_jaccard` beside it.
     """
     r_hat, r = predicted.called(level), true.called(level)
     return _ratio((r & r_hat).sum(1), r.sum(1))
