@@ -35,14 +35,18 @@ def de_scores(data: PerturbationData) -> Array:
     return out
 
 
-def coefficient_scores(data: PerturbationData, penalty: float = 1e-3) -> Array:
+def coefficient_scores(data: PerturbationData, penalty: float = 1e-3, normalise: str = "median") -> Array:
     """``|b_jk| s_j / s_k`` of the regression of each gene k on all others, over the cells in which k was not perturbed.
 
-    Ridge of ``penalty`` times the number of cells on genes of unit variance; counts as log1p of the median library. Cannot see: direction
-    (where nothing was perturbed), latent causes, feedback.
+    Ridge of ``penalty`` times the number of cells on genes of unit variance. Counts are ``log1p(counts)``, brought to the ``"median"``
+    library before, or ``"none"``: the stronger where all cells are equally deep and few genes share the library, as in simulations. Cannot
+    see: direction (where nothing was perturbed), latent causes, feedback.
     """
-    normalised = data.log_normalised() if data.kind == "counts" else data
-    x = normalised.dense(np.float64)
+    if normalise not in ("median", "none"):
+        raise DataError(f"normalise={normalise!r} was given; it is 'median' or 'none'")
+    counts = data.kind == "counts"
+    x = (data.log_normalised() if counts and normalise == "median" else data).dense(np.float64)
+    x = np.log1p(x) if counts and normalise == "none" else x
     x = (x - x.mean(0)) / np.maximum(x.std(0), 1e-12)
     d = x.shape[1]
     augmented = np.hstack([x, np.ones((len(x), 1))])
@@ -59,12 +63,12 @@ def coefficient_scores(data: PerturbationData, penalty: float = 1e-3) -> Array:
     return out
 
 
-def sqrt_coefficient_de(data: PerturbationData, penalty: float = 1e-3) -> Array:
+def sqrt_coefficient_de(data: PerturbationData, penalty: float = 1e-3, normalise: str = "median") -> Array:
     """``sqrt(coefficient_scores x de_scores)``; for genes that were never perturbed the coefficient alone, below all others.
 
     Cannot see: direction among genes that were never perturbed.
     """
-    coefficient, de = coefficient_scores(data, penalty), de_scores(data)
+    coefficient, de = coefficient_scores(data, penalty, normalise), de_scores(data)
     both = np.sqrt(coefficient * de)
     silent = ~(de > 0).any(1)
     if silent.any() and not silent.all():
