@@ -18,7 +18,6 @@ from typing import Any, ClassVar
 import numpy as np
 import pyro
 import pyro.distributions as dist
-import scipy.sparse as sp
 import torch
 from pyro.nn import PyroModule
 from torch import Tensor
@@ -102,7 +101,7 @@ class Baseline(PyroModule):
         model.shared_scale.copy_(torch.from_numpy(np.maximum(estimate.prior_shared, LEAST_SD)))
         model.effect_scale.copy_(torch.from_numpy(np.maximum(estimate.prior_effect, LEAST_SD)))
         with torch.no_grad():
-            noise, name = _noise(data, model.likelihood.is_counts)
+            noise, name = closed_form.noise_of(data)
             getattr(model.likelihood, name).copy_(torch.from_numpy(noise).log())
 
     def estimate(self, c: Conditions, data: PerturbationData) -> Estimate:
@@ -131,23 +130,3 @@ class Baseline(PyroModule):
 
 def _normal(loc: Tensor, sd: Tensor) -> Any:
     return dist.Normal(loc, sd.clamp_min(LEAST_SD))
-
-
-def _noise(data: PerturbationData, counts: bool) -> tuple[Any, str]:
-    """Within conditions: theta [G] of counts by moments, ``sum mu^2 / sum ((x - mu)^2 - mu)``, or sigma [G], and the parameter's name."""
-    codes = np.unique(data.labels.astype(str), return_inverse=True)[1]
-    group = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))  # [conditions, cells]
-    library = data.library_size.astype(np.float64)
-    mean = np.asarray((group @ data.x).toarray() if sp.issparse(data.x) else group @ data.x) / (group @ library)[:, None]
-    squares = (group @ (library**2))[:, None] * mean**2
-    x = data.x.astype(np.float64)
-    total = np.asarray((x.multiply(x) if sp.issparse(x) else x * x).sum(0)).ravel()
-    weighted = sp.diags(library) @ x
-    crossed = np.asarray((group @ weighted).toarray() if sp.issparse(weighted) else group @ weighted)
-    residual = np.maximum(total - 2 * (mean * crossed).sum(0) + squares.sum(0), 0.0)
-    if not counts:
-        return np.sqrt(
-            np.maximum(residual, closed_form.SILENT * residual.mean() + 1e-12) / max(len(codes) - group.shape[0], 1)
-        ), "log_sigma"
-    excess = residual - (mean * (group @ library)[:, None]).sum(0)
-    return np.clip(squares.sum(0) / np.maximum(excess, 1e-12), 1e-2, 1e4), "log_theta"

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyrocausal.data import PerturbationData
@@ -304,6 +305,24 @@ def embedding_of(table: NDArray[np.floating] | pd.DataFrame | None, data: Pertur
         )
     most = min(len(data.genes), int(data.is_control.sum())) - 1
     return control_pca(data, n_components=max(1, min(n_components, most)), missing="mean").to_numpy()
+
+
+def noise_of(data: PerturbationData) -> tuple[Array, str]:
+    """Within conditions: theta [G] of counts by moments, ``sum mu^2 / sum ((x - mu)^2 - mu)``, or sigma [G], and the parameter's name."""
+    codes = np.unique(data.labels.astype(str), return_inverse=True)[1]
+    group = sp.csr_matrix((np.ones(len(codes)), (codes, np.arange(len(codes)))))  # [conditions, cells]
+    library = data.library_size.astype(np.float64)
+    mean = np.asarray((group @ data.x).toarray() if sp.issparse(data.x) else group @ data.x) / (group @ library)[:, None]
+    squares = (group @ (library**2))[:, None] * mean**2
+    x = data.x.astype(np.float64)
+    total = np.asarray((x.multiply(x) if sp.issparse(x) else x * x).sum(0)).ravel()
+    weighted = sp.diags(library) @ x
+    crossed = np.asarray((group @ weighted).toarray() if sp.issparse(weighted) else group @ weighted)
+    residual = np.maximum(total - 2 * (mean * crossed).sum(0) + squares.sum(0), 0.0)
+    if data.kind != "counts":
+        return np.sqrt(np.maximum(residual, SILENT * residual.mean() + 1e-12) / max(len(codes) - group.shape[0], 1)), "log_sigma"
+    excess = residual - (mean * (group @ library)[:, None]).sum(0)
+    return np.clip(squares.sum(0) / np.maximum(excess, 1e-12), 1e-2, 1e4), "log_theta"
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,9 @@ For a pair A+B whose parts and whose control were measured, gene by gene on the 
     se^2 = s_AB^2 + s_A^2 + s_B^2 + s_c^2                       the noise of all four groups (delta method)
     t = interaction / se ~ t_df, df of Welch and Satterthwaite;  z = Phi^-1(T_df(t))
 
+Counts: s_AB^2 is at least what negative binomial cells of the pooled dispersion would have at the additive expectation, since a few cells
+of a skewed gene are no measure of their own spread.
+
 What is additive depends on the scale: states that add are not additive as log expression, and two effects on the same gene may not have
 room for their sum. Counts: the additive expectation ``y_A + y_B - y_c`` is held above zero.
 
@@ -27,6 +30,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 from scipy.optimize import minimize
 
+from pyrocausal.closed_form import noise_of
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.evaluate import _totals
@@ -106,12 +110,15 @@ def interaction_tests(data: PerturbationData, pairs: Sequence[str] | None = None
     counts = data.kind == "counts"
     totals = {label: _totals(data, members) for label, members in rows.items()}
     base, blocks = totals[data.control], []
+    theta = noise_of(data)[0]
     for pair in names:
         a, b = pair.split(data.separator)
         groups = [totals[pair], totals[a], totals[b], base]
         expected = groups[1].value + groups[2].value - base.value
-        expected = np.maximum(expected, 0.0) if counts else expected
         parts = np.stack([g.variance for g in groups])
+        if counts:
+            expected = np.maximum(expected, 0.0)
+            parts[0] = np.maximum(parts[0], _at_rate(expected, data.library_size[rows[pair]], theta))
         variance, n = parts.sum(0), np.array([g.n for g in groups], dtype=float)
         gap = groups[0].value - expected
         with np.errstate(divide="ignore", invalid="ignore"):
@@ -233,6 +240,13 @@ def _deviations(data: PerturbationData, rows: NDArray[np.int64]) -> Array:
     rate = x.sum(0) / whole
     slope = 1e4 / (1 + 1e4 * rate) if data.kind == "counts" else 1.0
     return slope * (x - library[:, None] * rate) / whole * np.sqrt(n / (n - 1))
+
+
+def _at_rate(value: Array, library_size: NDArray[np.float32], theta: Array) -> Array:
+    """Variance of log1p CP10k of the mean of negative binomial cells whose expectation is ``value``, [G]."""
+    library = library_size.astype(np.float64)
+    rate, whole = np.maximum(np.expm1(value) / 1e4, 1e-12), library.sum()
+    return (1e4 / (1 + 1e4 * rate)) ** 2 * (rate / whole + rate**2 / theta * (library @ library) / whole**2)
 
 
 def _empirical_null(v: Array) -> tuple[float, float]:
