@@ -20,7 +20,8 @@ The cells are read either as the state (plus its batch's offset), or as counts, 
 
     y_k ~ Counts(size * unit_k * g_k(x) * exp(batch_k)),   g = softplus(offset + (x - mu_0) / sd_0), for "hill" x / mu_0
 
-Each knob is off by default. What is returned, an ``AnnData`` with ``obs["perturbation"]`` (``"control"``, a gene, ``"A+B"``) and
+Cells without a single count are left out, as they would be. Each knob is off by default. What is returned, an ``AnnData`` with
+``obs["perturbation"]`` (``"control"``, a gene, ``"A+B"``) and
 
 =====================================  ==============  ==========================================================================
 where                                  shape           what
@@ -136,8 +137,8 @@ def regulatory_screen(
     ::
 
         graph_jk = +-Uniform(weight) with probability degree / (d - 1), j != k (without cycles: j before k in a random order)
-        linear, tanh   decay = max(1, c + .5), c the largest real part of an eigenvalue of graph (tanh: of 3 graph),
-                       sigma_k ~ Uniform(.7, 1.4), basal_k ~ Uniform(-1, 1)
+        linear, tanh   decay = max(1, c + .5), c the largest eigenvalue of (graph + graph') / 2, which keeps a linear system stable
+                       whatever is held (without cycles: 1); sigma_k ~ Uniform(.7, 1.4), basal_k ~ Uniform(-1, 1)
         hill           decay = 1, sigma_k ~ Uniform(.2, .4), basal_k such that all genes are at Uniform(1, 4) without noise, K = that level
 
     Network, targets and pairs depend on the seed and on their own sizes and mechanism only; a knob turned on leaves them alone.
@@ -227,6 +228,8 @@ def regulatory_screen(
         y = (x + offsets[batch]).astype(np.float32)
     out = ad.AnnData(X=y, obs=obs, var=pd.DataFrame({"perturbed": np.isin(np.arange(n_genes), targets)}, index=pd.Index(genes)))
     out.obsm["state"], out.obsm["hit"] = x.astype(np.float32), hit
+    if counts:
+        out = out[y.getnnz(1) > 0].copy()
     out.uns["X_kind"] = "counts" if counts else "normalised"
     out.uns["truth"] = {
         "graph": system.graph, "edges": system.graph != 0, "basal": system.basal, "decay": system.decay, "sigma": system.sigma,
@@ -254,8 +257,8 @@ def random_system(
         level = rng.uniform(1.0, 4.0, n_genes)
         folds = np.log1p(0.5 * np.expm1(graph)).sum(0)  # h = 1/2 at the level itself
         return System(mechanism, graph, level * np.exp(-folds), one, rng.uniform(0.2, 0.4, n_genes), level)
-    gain = AMPLITUDE if mechanism == "tanh" else 1.0
-    decay = max(1.0, gain * float(np.linalg.eigvals(graph).real.max()) + 0.5)
+    # no held gene can make the rest unstable: the largest eigenvalue of the symmetric part bounds those of all parts of the network
+    decay = max(1.0, float(np.linalg.eigvalsh((graph + graph.T) / 2)[-1]) + 0.5) if cycles else 1.0
     return System(mechanism, graph, rng.uniform(-1.0, 1.0, n_genes), decay * one, rng.uniform(0.7, 1.4, n_genes), one)
 
 
