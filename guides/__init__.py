@@ -1,5 +1,6 @@
 """The guide of each model of :mod:`pyrocausal.models`, in the file of the same name."""
 
+from pyrocausal.guides.baselines import Baseline
 from pyrocausal.guides.cite_vae import CITEVAE
 from pyrocausal.guides.discrepancy_vae import DiscrepancyVAE
 from pyrocausal.guides.lcd import LCD
@@ -13,6 +14,7 @@ __all__ = [
     "LCD",
     "SAMSVAE",
     "SCCVAE",
+    "Baseline",
     "DiscrepancyVAE",
     "LinearLCD",
     "SAMSVAECorrelated",

@@ -8,6 +8,7 @@ from types import ModuleType
 from typing import Any
 
 from pyrocausal.collection import table
+from pyrocausal.models.baselines import Baseline
 from pyrocausal.models.cite_vae import CITEVAE
 from pyrocausal.models.discrepancy_vae import DiscrepancyVAE
 from pyrocausal.models.lcd import LCD
@@ -16,7 +17,7 @@ from pyrocausal.models.sams_vae import SAMSVAE
 from pyrocausal.models.sccvae import SCCVAE, SCCVAEParity
 from pyrocausal.models.svae_plus import SVAEPlus
 
-__all__ = ["CITEVAE", "LCD", "SAMSVAE", "SCCVAE", "DiscrepancyVAE", "LinearLCD", "SCCVAEParity", "SVAEPlus"]
+__all__ = ["CITEVAE", "LCD", "SAMSVAE", "SCCVAE", "Baseline", "DiscrepancyVAE", "LinearLCD", "SCCVAEParity", "SVAEPlus"]
 
 
 class _Collection(ModuleType):

@@ -64,14 +64,17 @@ __all__ = [
     "demo_screen",
     "do",
     "dose_response",
+    "duplicates",
     "effects",
     "embeddings",
     "errors",
     "evaluate",
     "fit",
     "flip_target",
+    "graph_baselines",
     "guides",
     "identifiability",
+    "interactions",
     "interventional",
     "iwelbo",
     "knockdown",
@@ -87,7 +90,10 @@ __all__ = [
     "silence",
     "simulate",
     "simulate_graph",
+    "simulate_regulatory",
+    "simulate_scm",
     "sites",
+    "splits",
     "sustain",
     "to_anndata",
     "to_inference_data",
@@ -97,8 +103,14 @@ __all__ = [
 ]
 
 
+LAZY = (
+    "models", "guides", "duplicates", "embeddings", "evaluate", "graph_baselines", "interactions", "modules", "plots", "simulate_graph",
+    "simulate_regulatory", "simulate_scm", "splits",
+)  # fmt: skip
+
+
 def __getattr__(name: str) -> _ModuleType:
     """``pc.models``, ``pc.guides`` and what not every session needs: imported when they are asked for."""
-    if name in ("models", "guides", "embeddings", "evaluate", "modules", "plots", "simulate_graph"):
+    if name in LAZY:
         return _import_module(f"pyrocausal.{name}")
     raise AttributeError(f"module 'pyrocausal' has no attribute {name!r}")

@@ -53,6 +53,21 @@ ENTRIES = {
     ),
 }
 
+_BASELINES = {
+    "control": ("no change", "nothing happens"),
+    "mean_perturbed": ("perturbed mean", "every perturbation has the mean effect"),
+    "matching_mean": ("Vinas Torne et al. 2025", "a combination has the mean effect of its parts"),
+    "additive": ("Ahlmann-Eltze et al. 2025", "a combination has the sum of the measured effects of its parts"),
+    "additive_eb": ("empirical Bayes", "as additive, effects shrunk, with intervals"),
+    "nearest_perturbation": ("nearest neighbour", "an unseen perturbation has the effect of the most similar embedding"),
+    "knn_embedding": ("nearest neighbours", "an unseen perturbation has the mean effect of the k most similar embeddings"),
+    "ridge_embedding": ("ridge regression", "effects of unseen perturbations from their embedding"),
+    "linear_embedding": ("Ahlmann-Eltze et al. 2025", "the published linear model with gene and perturbation embeddings"),
+}
+ENTRIES |= {
+    name: Entry("Baseline", "Baseline", paper, f"baseline: {answers}", (("kind", name),)) for name, (paper, answers) in _BASELINES.items()
+}
+
 
 def table() -> Any:
     """The collection as a table: name, classes, paper, and what it can answer."""
@@ -70,8 +85,8 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
         data: gives the sizes, the batches, and the default likelihood (negative binomial for counts, Gaussian otherwise).
         seed: of the initial weights.
         settings: arguments of the model's or guide's constructor; those that both have go to both. A table (``pandas.DataFrame``) is put
-            in the order of the screen by its names: rows of an ``embedding`` or of ``targets`` are perturbations, columns of ``anchors``
-            are genes.
+            in the order of the screen by its names: rows of an ``embedding`` or of ``targets`` are perturbations, those of a
+            ``gene_embedding`` and columns of ``anchors`` genes.
     """
     if name not in ENTRIES:
         raise PyrocausalError(f"there is no model {name!r}{nearest(name, ENTRIES)}")
@@ -123,6 +138,8 @@ def _in_order(name: str, value: Any, data: PerturbationData) -> Any:
         return value.detach().cpu().numpy()
     if not hasattr(value, "reindex"):
         return value
+    if name == "gene_embedding":
+        return value.reindex(data.genes).fillna(0.0).to_numpy(dtype="float32")
     by_gene = name == "anchors"
     table, names = (value.T, data.genes) if by_gene else (value, data.perturbations)
     missing = [n for n in names if n not in table.index]

@@ -7,7 +7,8 @@ The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one f
 - ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
 - ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point; where it goes on
   with them it returns the bound that it reached, in nats per cell, the last row of the history;
-- ``learning_rates``: ``{parameter name: multiple of lr}``.
+- ``learning_rates``: ``{parameter name: multiple of lr}``;
+- ``closed_form = True``: ``initialise`` is all of the fit, and the one epoch that follows only evaluates the bound.
 
 Every epoch draws its randomness from ``(seed, epoch)`` alone, which is why a resumed run equals the uninterrupted one bit for bit.
 """
@@ -140,6 +141,8 @@ def fit(
             damaged or belongs to another run.
     """
     _check(model, guide, data, max_epochs, batch_size, schedule)
+    if getattr(guide, "closed_form", False):
+        max_epochs, restarts, kl_warmup = 1, 1, 0.0
     if restarts != 1:
         if restarts < 1:
             raise ValueError(f"restarts={restarts} was given; it is the number of fits, at least 1")
