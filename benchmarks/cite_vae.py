@@ -5,6 +5,8 @@ python benchmarks/cite_vae.py snapshots [--learned]   programs and transition fr
 python benchmarks/cite_vae.py controls                what must fail: free weights, random targets, perturbations that are ignored or do
                                                       nothing
 python benchmarks/cite_vae.py doubles                 20 unseen pairs from snapshots of singles (4 + 2 latents), and the paths of cells
+python benchmarks/cite_vae.py baselines               the same pairs and a time left out, beside free weights, static models, and sums and
+                                                      interpolations of the truth
 python benchmarks/cite_vae.py kouno                   THP-1 cells under PMA (data: PYROCAUSAL_DATA): interior times left out in turn
 
 Seeds of the data 0 to 2. Restarts are chosen by held-out cells; the transition is compared after matching programs and their scales.
@@ -151,6 +153,68 @@ def doubles(args: argparse.Namespace) -> None:
         individual(fit, adata, train)
 
 
+def baselines(args: argparse.Namespace) -> None:
+    """What memory and gated mechanisms are worth: models without them, and sums and interpolations of the truth."""
+    rows, later = [], []
+    for seed in args.seeds:
+        adata = course_screen(n_latent=4, doubles=20, seed=seed)
+        truth, data = adata.uns["truth"], screen_of(adata)
+        pairs = [c for c in data.conditions if "+" in c]
+        train, _ = data.split("combinations", test=pairs)
+        last = data.time == data.time.max()
+        mean = {c: data.dense(np.float64)[last & (data.labels == c)].mean(0) for c in data.conditions}
+        true = np.stack([mean[c] - mean["control"] for c in pairs])
+        end = train[np.flatnonzero(train.time == train.time.max())]
+        gated = fitted(train, 4, 2, args.restarts, targets=truth["targets"])
+        free = fitted(train, 4, 2, args.restarts, weights="free")
+
+        def static(cells: pc.PerturbationData, name: str, pairs: list[str] = pairs, **settings: Any) -> Array:
+            cells = replace(cells, time=None)
+            more = {} if name == "sams_vae" else {"n_invariant": 2}
+            model, guide = pc.build(name, cells, n_latent=6 if name == "sams_vae" else 4, **more, **settings)
+            fit = pc.fit(
+                model, guide, cells, max_epochs=60 if name == "sams_vae" else 200, lr=3e-3 if name == "sams_vae" else 1e-1, progress=False
+            )
+            return np.asarray(pc.effects(fit, pairs, draws=20, cells=256)["effect"].mean("draw"), dtype=float)
+
+        found = {
+            "cite_vae": pc.trajectory(gated, pairs, draws=4, n_cells=1000)["effect"].isel(time=-1).mean("draw").to_numpy(),
+            "free weights": pc.trajectory(free, pairs, draws=4, n_cells=1000)["effect"].isel(time=-1).mean("draw").to_numpy(),
+            "static (perturbed_vae), last time": static(end, "perturbed_vae"),
+            "static (sams_vae), last time": static(end, "sams_vae"),
+            "time ignored (perturbed_vae)": static(train, "perturbed_vae"),
+            "additive, true singles": np.stack([np.sum([mean[p] - mean["control"] for p in c.split("+")], axis=0) for c in pairs]),
+            "no change (perturbations ignored)": np.zeros_like(true),
+        }
+        for name, e in found.items():
+            with np.errstate(invalid="ignore"):
+                r = float(np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(e, true, strict=True)]))
+            rows.append({"method": name, "seed": seed, "r": r, "error": float(np.linalg.norm(e - true) / np.linalg.norm(true))})
+        later += left_out(adata, args.restarts, seed)
+    for title, table in (("unseen pairs at the last time", rows), ("time 2 of 0 to 3 left out", later)):
+        wide = pd.DataFrame(table).pivot(index="method", columns="seed", values=["r", "error"] if "r" in table[0] else ["error"])
+        print(f"{title}\n{wide.round(3).sort_values(('error', args.seeds[0])).to_string()}", flush=True)
+
+
+def left_out(adata: ad.AnnData, restarts: int, seed: int) -> list[dict[str, Any]]:
+    """Changes of the mean under each single at a time at which no cell is shown: error relative to the change from the control."""
+    data = screen_of(adata)
+    data = data[np.flatnonzero(np.diff(data.dose.indptr) < 2)]
+    names = [str(p) for p in data.perturbations]
+    mean = {(c, t): data.dense(np.float64)[(data.labels == c) & (data.time == t)].mean(0) for c in ["control", *names] for t in range(4)}
+    true = np.stack([mean[c, 2] - mean["control", 2] for c in names])
+    change = {t: np.stack([mean[c, t] - mean["control", t] for c in names]) for t in (1, 3)}
+    train = data[np.flatnonzero(data.time != 2)]
+    fit = fitted(train, 4, 2, restarts, targets=adata.uns["truth"]["targets"], times=[0.0, 1.0, 2.0, 3.0])
+    found = {
+        "cite_vae": pc.trajectory(fit, names, draws=4, n_cells=1000)["effect"].sel(time=2.0).mean("draw").to_numpy(),
+        "linear interpolation of the truth": (change[1] + change[3]) / 2,
+        "nearest time, before": change[1],
+        "nearest time, after": change[3],
+    }
+    return [{"method": k, "seed": seed, "error": float(np.linalg.norm(v - true) / np.linalg.norm(true))} for k, v in found.items()]
+
+
 def individual(fit: pc.Fit, adata: ad.AnnData, train: pc.PerturbationData) -> None:
     """Paths of single cells at the last time under another treatment: the same noise through the true mechanism, whose mean the screen's
     generator gives; one snapshot leaves the path open, so that the error is compared with the spread of the draws."""
@@ -254,7 +318,7 @@ def energy(a: Array, b: Array) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for run, restarts in ((snapshots, 5), (controls, 5), (doubles, 10), (kouno, 3)):
+    for run, restarts in ((snapshots, 5), (controls, 5), (doubles, 10), (baselines, 5), (kouno, 3)):
         each = commands.add_parser(run.__name__)
         each.set_defaults(run=run)
         each.add_argument("--restarts", type=int, default=restarts)

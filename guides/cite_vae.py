@@ -42,6 +42,7 @@ from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.loading import Batch, moment_batch
 from pyrocausal.nn import MLP, Standardise
 from pyrocausal.polish import polish
+from pyrocausal.units import frames
 
 EXTRA = 10  # principal components beyond as many as there are programs and invariant coordinates, for the noise
 STEPS = 150  # of the linear start, before as many of the polish
@@ -201,7 +202,7 @@ class CITEVAE(PyroModule):
             strange = times[np.argmax(off)]  # type: ignore[index]
             raise DataError(f"the screen has cells at time {strange:g}, the model has {known.tolist()}; build it with times=")
         normal = data.log_normalised() if data.kind == "counts" else data
-        x, control = _frames(normal)
+        x, control = _seen(normal)
         centred, m = x - x.mean(0), len(model.loadings)
         _, spread, axes = torch.linalg.svd(centred, full_matrices=False)
         spread = spread / len(x) ** 0.5
@@ -233,7 +234,7 @@ class CITEVAE(PyroModule):
         W, precision = start.loadings.detach(), start.observation.precision.detach()
         model.turn.data.zero_()
         model.turn.data[:, :more] = W / spread[:more].clamp_min(1e-3 * spread[0])
-        raw, _ = _frames(data)
+        raw, _ = _seen(data)
         if model.likelihood.is_counts:
             model.bias.data.copy_(((raw / raw.sum(-1, keepdim=True)).mean(0) + 1e-6).log())
         if model.rest is not None:
@@ -288,13 +289,10 @@ class CITEVAE(PyroModule):
         model.temperature.fill_(FINAL ** min(1.0, done / ANNEALED) if not self.starts else 1.0)
 
 
-def _frames(data: PerturbationData) -> tuple[Tensor, Tensor]:
+def _seen(data: PerturbationData) -> tuple[Tensor, Tensor]:
     """Expression of everything that was seen, [n, G] float64, and whether it is of untreated cells, [n]."""
-    if data.path is None:
-        return torch.as_tensor(data.dense(np.float64)), torch.as_tensor(data.is_control)
-    seen = ~np.isnan(data.path[..., 0])
-    control = np.broadcast_to(data.is_control[:, None], seen.shape)[seen]
-    return torch.as_tensor(data.path[seen].astype(np.float64)), torch.as_tensor(control)
+    each = frames(data)
+    return torch.as_tensor(each.dense(np.float64)), torch.as_tensor(each.is_control)
 
 
 def _unwarp(model: Any, x: Tensor, start: Any) -> None:

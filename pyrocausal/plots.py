@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.fit import Fit
+from pyrocausal.units import frames
 
 # Okabe and Ito: told apart with every kind of colour vision
 BLUE, ORANGE, GREEN, GREY, BLACK = "#0072B2", "#D55E00", "#009E73", "#8A8F98", "#222222"
@@ -193,6 +194,7 @@ def time_courses(
 
 def _means_over_time(data: PerturbationData, label: str, unit: str) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
     """Times at which cells had a treatment, their means and standard errors, [T], [T, G], [T, G]; before the first time, the controls."""
+    data = frames(data)
     assert data.time is not None
     x = data.dense(np.float64)
     if unit in ("log1p_cp10k", "rate"):

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import pandas as pd
+import scipy.sparse as sp
 from numpy.typing import NDArray
 
 from pyrocausal.errors import DataError
@@ -62,4 +63,22 @@ def _courses(data: PerturbationData, unit: NDArray[np.int64], frame: NDArray[np.
     return course
 
 
-__all__ = ["by_unit"]
+def frames(data: PerturbationData) -> PerturbationData:
+    """Units taken apart: a row for each unit and time at which it was seen, with the treatment of its last time; others as they are."""
+    if data.path is None or data.path_times is None:
+        return data
+    unit, frame = np.nonzero(~np.isnan(data.path[..., 0]))
+    x = data.path[unit, frame]
+    return replace(
+        data[unit],
+        x=sp.csr_matrix(x) if sp.issparse(data.x) else x,
+        time=data.path_times[frame],
+        cells=pd.Index([f"{data.cells[i]} at {data.path_times[t]:g}" for i, t in zip(unit, frame, strict=True)], name="cell"),
+        library_size=x.sum(1) if data.kind == "counts" else np.ones(len(x), np.float32),
+        path=None,
+        path_times=None,
+        course=None,
+    )
+
+
+__all__ = ["by_unit", "frames"]

@@ -18,6 +18,7 @@ from pyrocausal.elbo import ELBO
 from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.loading import moment_batch
 from pyrocausal.simulate_course import course_screen
+from pyrocausal.units import frames
 from pyrocausal.warp import Warp
 
 F64 = torch.float64
@@ -66,6 +67,10 @@ def test_units_are_rows():
             seen = rows.X[(rows.obs["time"] == t).to_numpy()]
             assert np.array_equal(part.path[i, t], seen[0]) if len(seen) else np.isnan(part.path[i, t]).all()
         assert np.array_equal(part.dense()[i], rows.X[np.argmax(rows.obs["time"])]) and part.time[i] == rows.obs["time"].max()
+    apart = frames(part)
+    rows = adata[adata.obs["unit"].isin(part.cells).to_numpy()]
+    order = np.lexsort((rows.obs["time"], rows.obs["unit"].astype(str)))
+    assert np.array_equal(apart.dense(), rows.X[order]) and np.array_equal(apart.time, rows.obs["time"].to_numpy()[order])
     batch = part.batch()
     assert (batch.path_time.isnan().numpy() == np.isnan(part.path[..., 0])).all() and not batch.path.isnan().any()
 
