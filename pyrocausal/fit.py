@@ -213,7 +213,10 @@ def fit(
             loss_module.load_state_dict(state.best_state)
         if stopped != "interrupted" and hasattr(guide, "after_training"):
             start = time.perf_counter()
-            reached = guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
+            try:
+                reached = guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
+            except KeyboardInterrupt:
+                stopped, reached = "interrupted", None
             if reached is not None:
                 state.history.append({**state.history[-1], "elbo": reached, "seconds": time.perf_counter() - start})
                 if held is not None:

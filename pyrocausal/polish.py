@@ -22,7 +22,7 @@ SMALL = 1e-7  # nats per cell in a chunk, below which it has converged
 def polish(model: Any, guide: Any, batch: Batch, steps: int, progress: bool = False) -> float:
     """Maximise the bound of a moment batch over all parameters, in place; nats per cell at the end.
 
-    An interrupt keeps what there is; steps that do not improve the bound are taken back.
+    Steps that do not improve the bound are taken back, and so are those of a chunk that is interrupted.
     """
     bound, parameters = ELBO(), [p for part in (model, guide) for p in part.parameters() if p.requires_grad]
     optimiser = torch.optim.LBFGS(
@@ -54,12 +54,11 @@ def polish(model: Any, guide: Any, batch: Batch, steps: int, progress: bool = Fa
             gain, best, kept = best - now, now, [p.detach().clone() for p in parameters]
             if gain < SMALL:
                 break
-    except KeyboardInterrupt:
-        pass
-    bar.close()
-    with torch.no_grad():
-        for p, value in zip(parameters, kept, strict=True):
-            p.copy_(value)
+    finally:
+        bar.close()
+        with torch.no_grad():
+            for p, value in zip(parameters, kept, strict=True):
+                p.copy_(value)
     return -best
 
 

@@ -321,6 +321,45 @@ def test_networks_learn_from_units_that_were_seen_in_part():
     assert report, str(report)
 
 
+@pytest.mark.parametrize("transition", ["mlp", "flow"])
+def test_whole_paths_are_asked_and_saved_like_any_fit(transition, tmp_path):
+    _, data = screen(n_genes=5)
+    model, guide = pc.build("cite_vae", data, n_latent=3, n_invariant=2, targets=np.eye(3), likelihood="flow", transition=transition)
+    fit = pc.fit(model, guide, data, max_epochs=20, lr=1e-2, kl_warmup=0.0, restarts=2)
+    assert fit.history["elbo"].iloc[-1] > fit.history["elbo"].iloc[0]
+    name, cells = str(data.perturbations[0]), data[~data.is_control][:5]
+    acts = {"as it was": pc.pulse(pc.untreated(), 0.0, 0.0), "held": pc.sustain(pc.clamp(1, 0.5), 1.0)}
+    out = pc.trajectory(fit, acts, cells, draws=2)
+    assert (out["effect"].sel(intervention="as it was") == 0).all() and (out["program_effect"].sel(time=[0.0, 1.0]) == 0).all()
+    assert (out["program"].sel(intervention="held", time=[2.0, 3.0], latent=1) == 0.5).all()
+    shown = out["expression"].sel(intervention="as it was").isel(draw=0).to_numpy()
+    off = np.abs(shown - cells.path)[:, 0].max()  # at the first time the warp shows (w, u) without noise
+    assert off < 1e-4 * np.abs(cells.path).max()
+    fit.save(tmp_path / "run")
+    assert pc.trajectory(pc.load(tmp_path / "run"), name, cells, draws=2).equals(pc.trajectory(fit, name, cells, draws=2))
+    assert np.isfinite(pc.effects(fit, name, draws=2, cells=16)["effect"]).all()
+
+
+def test_an_interrupted_polish_keeps_what_there_is(monkeypatch):
+    _, data = screen()
+    model, guide = pc.build("cite_vae", data, n_latent=3, n_invariant=2)
+    bar = []
+
+    def stop(self, n):
+        bar.append(n)
+        if len(bar) == 2:
+            raise KeyboardInterrupt
+
+    import pyrocausal.polish
+
+    monkeypatch.setattr(pyrocausal.polish.tqdm, "update", stop)
+    estimate = moment_batch(data, False, by_time=True)
+    before = -bound(model, guide, estimate)
+    with pytest.raises(KeyboardInterrupt):
+        pyrocausal.polish.polish(model, guide, estimate, 100)
+    assert -bound(model, guide, estimate) < before and len(bar) == 2 and all(torch.isfinite(p).all() for p in model.parameters())
+
+
 def test_alignment_pulls_the_invariant_states_of_treated_and_control_cells_together():
     adata = course_screen(cells_per_condition=60, n_perturbations=2, n_genes=12, mixing="leaky", noise=0.5, seed=3)
     data = pc.PerturbationData.from_anndata(adata, time_key="time")
