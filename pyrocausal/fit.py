@@ -258,7 +258,7 @@ def _at_the_end(model: Any, cells: Batch) -> Batch:
     """Fresh cells of a model with time are asked about at its last time, wherever the controls were measured."""
     if not getattr(model, "timed", False):
         return cells
-    return replace(cells, time=torch.full((len(cells),), float(model.times[-1])), path=None, path_time=None, course=None)
+    return replace(cells, time=torch.full((len(cells),), float(model.times[-1])), course=None)
 
 
 def coords_of(data: PerturbationData) -> dict[str, Any]:
