@@ -333,6 +333,7 @@ def _chunks(n: int, size: int) -> list[tuple[int, int]]:
 
 def _population(mean: Tensor, batch: Batch, unit: str) -> np.ndarray:
     """[S, K, n, G] -> [S, K, G]: the population's expression in the unit."""
+    mean = mean.detach()  # of laws that compute it when they are asked
     if unit in ("rate", "log1p_cp10k"):
         rate = (mean / batch.library_size).mean(-2)
         return (rate if unit == "rate" else (1e4 * rate).log1p()).cpu().numpy()
@@ -341,6 +342,7 @@ def _population(mean: Tensor, batch: Batch, unit: str) -> np.ndarray:
 
 def _cells(x: Tensor, batch: Batch, unit: str) -> np.ndarray:
     """[..., n, G] -> the same, in the unit."""
+    x = x.detach()
     if unit in ("rate", "log1p_cp10k"):
         rate = x / batch.library_size
         x = rate if unit == "rate" else (1e4 * rate).log1p()
