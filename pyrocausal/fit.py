@@ -6,7 +6,7 @@ The step is ``loss = elbo(batch); loss.backward(); optimiser.step()`` with one f
 - ``initialise(model, data)``: called once before the first epoch;
 - ``after_step(model, batch, progress)`` and ``after_epoch(model, progress)``: closed-form updates between gradient steps;
 - ``after_training(model, data, seed, progress)``: what follows from the fitted parameters, such as draws around a point; where it goes on
-  with them it returns the bound that it reached, in nats per cell, the last row of the history;
+  with them it returns the bound that it reached, in nats per cell, the last row of the history (taken back if held-out cells lose by it);
 - ``learning_rates``: ``{parameter name: multiple of lr}``;
 - ``closed_form = True``: ``initialise`` is all of the fit, and the one epoch that follows only evaluates the bound.
 
@@ -15,11 +15,9 @@ Every epoch draws its randomness from ``(seed, epoch)`` alone, which is why a re
 
 from __future__ import annotations
 
-import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -35,10 +33,11 @@ from tqdm import tqdm
 from pyrocausal import io
 from pyrocausal.checkpoint import State, restore, store
 from pyrocausal.data import PerturbationData
-from pyrocausal.elbo import ELBO, KLWeight
+from pyrocausal.elbo import ELBO
+from pyrocausal.epoch import held_out_elbo, no_grad_if, run_epoch
 from pyrocausal.errors import ContractError, DataError
-from pyrocausal.loading import Batch, batches, batches_by_condition, moment_batch
-from pyrocausal.optimiser import learning_rate_factor, learning_rates_of, parameter_groups
+from pyrocausal.loading import Batch, moment_batch
+from pyrocausal.optimiser import learning_rates_of, parameter_groups
 from pyrocausal.restarts import best_of
 
 History: TypeAlias = pd.DataFrame
@@ -191,7 +190,7 @@ def fit(
             moments = moment_batch(train, getattr(model, "pooled", True), device=device, by_time=getattr(model, "by_time", False))
         try:
             while state.epoch < max_epochs and stopped == "max_epochs":
-                row = _epoch(
+                row = run_epoch(
                     loss_module, optimiser, base_rates, model, guide, train, held, state.epoch, max_epochs, batch_size, schedule, warmup,
                     clip_norm, seed, device, moments,
                 )  # fmt: skip
@@ -212,16 +211,18 @@ def fit(
         if state.best_state is not None and stopped in ("early", "max_epochs"):
             loss_module.load_state_dict(state.best_state)
         if stopped != "interrupted" and hasattr(guide, "after_training"):
-            start = time.perf_counter()
+            start, before = time.perf_counter(), _copy_of(loss_module)
             try:
                 reached = guide.after_training(model, train, seed, sys.stderr.isatty() if progress is None else progress)
             except KeyboardInterrupt:
                 stopped, reached = "interrupted", None
-            if reached is not None:
-                state.history.append({**state.history[-1], "elbo": reached, "seconds": time.perf_counter() - start})
-                if held is not None:
-                    score = held_out_elbo(loss_module, held, len(train), batch_size=batch_size, device=device, seed=seed)
-                    state.history[-1]["validation"] = score
+            row = {} if reached is None else {**state.history[-1], "elbo": reached, "seconds": time.perf_counter() - start}
+            if row and held is not None:
+                row["validation"] = held_out_elbo(loss_module, held, len(train), batch_size=batch_size, device=device, seed=seed)
+                if row["validation"] < max(state.best, state.history[-1]["validation"]):  # it went too far
+                    loss_module.load_state_dict(before)
+                    row = {}
+            state.history += [row] if row else []
     model.eval()
     guide.eval()
     return Fit(
@@ -274,147 +275,6 @@ def coords_of(data: PerturbationData) -> dict[str, Any]:
     }
 
 
-# -- one epoch -----------------------------------------------------------------------------------------------------------------
-
-
-def _epoch(
-    loss_module: nn.Module,
-    optimiser: torch.optim.Optimizer,
-    base_rates: list[float],
-    model: Any,
-    guide: Any,
-    train: PerturbationData,
-    held: PerturbationData | None,
-    epoch: int,
-    max_epochs: int,
-    batch_size: int,
-    schedule: str,
-    kl_warmup: tuple[float, float],
-    clip_norm: float | None,
-    seed: int,
-    device: torch.device,
-    moments: Batch | None = None,
-) -> dict[str, float]:
-    """One pass over the training cells, from randomness that depends on ``(seed, epoch)`` only."""
-    start = time.perf_counter()
-    rng = np.random.default_rng([seed, epoch])
-    torch.manual_seed(int(rng.integers(2**62)))
-    n = len(train)
-    by_condition = getattr(model, "batching", "cells") == "condition"
-    if moments is not None:
-        n_steps, minibatches = 1, iter([moments])
-    elif by_condition:
-        n_steps, minibatches = batches_by_condition(train, batch_size, rng, device=device)
-    else:
-        n_steps, minibatches = max(1, -(-n // batch_size)), batches(train, batch_size, rng.permutation(n), device=device)
-    parameters = [p for g in optimiser.param_groups for p in g["params"]]
-    total = torch.zeros((), device=device, dtype=torch.float64)
-    sites: dict[str, torch.Tensor] = {}
-    healthy = torch.ones((), device=device, dtype=torch.bool)
-    model.train()
-    guide.train()
-    weight, factor = 1.0, 1.0
-    with _quiet_validation(True):
-        for step, batch in enumerate(minibatches):
-            done = (epoch + step / n_steps) / max_epochs
-            risen = (done - kl_warmup[0]) * max_epochs * n_steps + 1
-            weight = min(1.0, max(0.0, risen) / max(1.0, (kl_warmup[1] - kl_warmup[0]) * max_epochs * n_steps))
-            factor = learning_rate_factor(done, schedule)
-            for group, base in zip(optimiser.param_groups, base_rates, strict=True):
-                group["lr"] = base * factor
-            collapsed = batch.moments is None and getattr(model, "collapses", False)
-            with KLWeight(weight) if weight < 1 else nullcontext():
-                loss = loss_module(replace(batch, collapsed=True) if collapsed else batch) / n
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            if clip_norm is not None:
-                nn.utils.clip_grad_norm_(parameters, clip_norm, foreach=True)
-            optimiser.step()
-            if hasattr(guide, "after_step"):
-                guide.after_step(model, batch, done)
-            cells = n if batch.moments is not None else len(batch)
-            total -= loss.detach() * cells
-            for name, term in _terms(loss_module).items():
-                sites[name] = sites.get(name, 0) + torch.where(healthy, term, 0.0) * (cells / n)
-            healthy = healthy & loss.detach().isfinite()  # later steps of a lost epoch would blame every site
-    if hasattr(guide, "after_epoch"):
-        guide.after_epoch(model, (epoch + 1) / max_epochs)
-    row = {"elbo": float(total) / n, "validation": math.nan, "kl_weight": weight, "lr": base_rates[0] * factor}
-    row |= {f"site:{name}": float(term) / n for name, term in sites.items()}
-    if not math.isfinite(row["elbo"]):
-        raise ContractError(
-            f"the ELBO became {row['elbo']} in epoch {epoch + 1} (terms: {_not_finite(row)}); lower lr, or check the scale of the data"
-        )
-    if held is not None:
-        controls = train if by_condition else None
-        row["validation"] = held_out_elbo(loss_module, held, n, batch_size=batch_size, device=device, seed=seed, controls=controls)
-    row["seconds"] = time.perf_counter() - start
-    return row
-
-
-def held_out_elbo(
-    loss_module: nn.Module,
-    held: PerturbationData,
-    n_train: int,
-    batch_size: int = 256,
-    device: torch.device | str = "cpu",
-    seed: int = 0,
-    controls: PerturbationData | None = None,
-) -> float:
-    """The bound of held-out cells in nats per cell.
-
-    Local terms are averaged over the held-out cells; global terms count once for the ``n_train`` cells that they were learned from,
-    that is, ``1 / n_train`` of them per cell, as in training (a plain bound over the held-out cells would charge them
-    ``n_train / n_held`` times too much). With ``controls`` the minibatches are by condition, with control cells of it beside them.
-    """
-    was_training = loss_module.training
-    loss_module.eval()
-    total = torch.zeros((), dtype=torch.float64, device=device)
-    with torch.random.fork_rng(), _no_grad(loss_module), _quiet_validation(True):
-        torch.manual_seed(seed)
-        minibatches = batches(held, batch_size, n_total=n_train, device=device)
-        if controls is not None:
-            rng = np.random.default_rng(seed)
-            _, minibatches = batches_by_condition(held, batch_size, rng, n_total=n_train, device=device, controls=controls)
-        collapsed = getattr(loss_module.model, "collapses", False)
-        for batch in minibatches:
-            batch = replace(batch, collapsed=True) if collapsed else batch
-            total -= loss_module(batch).detach().double() / n_train * len(batch)
-    loss_module.train(was_training)
-    return float(total) / len(held)
-
-
-def _no_grad(loss_module: nn.Module) -> Any:
-    """Without gradients, if the bound allows it (TraceEnum_ELBO refuses to be evaluated without)."""
-    return torch.no_grad() if isinstance(getattr(loss_module, "elbo", None), ELBO) else nullcontext()
-
-
-@contextmanager
-def _quiet_validation(quiet: bool) -> Iterator[None]:
-    """Pyro's argument checks off (each is a host synchronisation); on in the first epoch, restored afterwards."""
-    before = pyro.settings.get("validate_distributions_pyro"), pyro.settings.get("validate_distributions_torch"), pyro.settings.get("validate_infer"), pyro.settings.get("validate_poutine")  # fmt: skip  # noqa: E501
-    if quiet:
-        pyro.enable_validation(False)
-    try:
-        yield
-    finally:
-        pyro.settings.set(
-            validate_distributions_pyro=before[0],
-            validate_distributions_torch=before[1],
-            validate_infer=before[2],
-            validate_poutine=before[3],
-        )
-
-
-def _terms(loss_module: nn.Module) -> dict[str, torch.Tensor]:
-    return getattr(getattr(loss_module, "elbo", None), "terms", {})
-
-
-def _not_finite(row: dict[str, float]) -> str:
-    bad = [k.removeprefix("site:") for k, v in row.items() if k.startswith("site:") and not math.isfinite(v)]
-    return ", ".join(bad) or "none separately"
-
-
 # -- setting up ----------------------------------------------------------------------------------------------------------------
 
 
@@ -465,7 +325,7 @@ def _objective(objective: str | PyroELBO, model: nn.Module) -> PyroELBO:
 def _first_step(loss_module: nn.Module, model: nn.Module, guide: nn.Module, train: PerturbationData, device: torch.device) -> None:
     """Run once with validation on: lazy parameters are made, and faults show before any work is done."""
     store = set(pyro.get_param_store().keys())
-    with _no_grad(loss_module):
+    with no_grad_if(loss_module):
         loss_module(train.batch(np.arange(min(4, len(train))), n_total=len(train), device=device))
     new = set(pyro.get_param_store().keys()) - store
     if new:
@@ -484,9 +344,13 @@ def _track_best(state: State, row: dict[str, float], loss_module: nn.Module, cou
         return
     if row["validation"] > state.best:
         state.best, state.since_best = row["validation"], 0
-        state.best_state = {k: v.detach().clone() for k, v in loss_module.state_dict().items()}
+        state.best_state = _copy_of(loss_module)
     else:
         state.since_best += 1
+
+
+def _copy_of(loss_module: nn.Module) -> dict[str, torch.Tensor]:
+    return {k: v.detach().clone() for k, v in loss_module.state_dict().items()}
 
 
 def _exhausted(state: State, patience: int | None, held: PerturbationData | None) -> bool:

@@ -24,7 +24,8 @@ def best_of(
     The first fit is of the given pair, fit r of ``make(seed + r)``. Cells are held out once, before the first fit; without
     ``validation`` no fit sees them, and they judge at the end only.
     """
-    from pyrocausal.fit import _hold_out, fit, held_out_elbo
+    from pyrocausal.epoch import held_out_elbo
+    from pyrocausal.fit import _hold_out, fit
 
     if make is None:
         make = _again(model)

@@ -24,8 +24,8 @@ from torch.distributions import constraints
 import pyrocausal as pc
 from pyrocausal.distributions import StraightThroughBernoulli
 from pyrocausal.elbo import ELBO, KLWeight
+from pyrocausal.epoch import held_out_elbo
 from pyrocausal.errors import ContractError
-from pyrocausal.fit import held_out_elbo
 from pyrocausal.loading import Batch, batches
 
 torch.set_num_threads(1)

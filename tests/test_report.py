@@ -222,7 +222,7 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["pyrocausal.fit"], "_epoch", interrupted)
+    monkeypatch.setattr(sys.modules["pyrocausal.fit"], "run_epoch", interrupted)
     with pytest.raises(PyrocausalError, match="nothing is written"):
         demo(pc.PerturbationData.from_anndata(small_screen), tmp_path / "out", max_epochs=3)
     assert not (tmp_path / "out").exists()

@@ -389,3 +389,11 @@ def test_what_does_not_go_together_is_refused():
     model, guide = pc.build("cite_vae", parts, n_latent=3, n_invariant=2, likelihood="flow", transition="mlp")
     with pytest.raises(PyrocausalError, match="seen at all 4 times"):
         pc.fit(model, guide, parts, max_epochs=1)
+
+
+def test_a_polish_that_held_out_cells_lose_by_is_taken_back():
+    """Few units of many genes: the training bound goes on rising, that of the held-out units does not."""
+    _, data = screen(cells_per_condition=6, n_perturbations=2, n_genes=12, noise=1.0)
+    model, guide = pc.build("cite_vae", data, n_latent=3, n_invariant=2, weights="free", polish=60)
+    fit = pc.fit(model, guide, data, max_epochs=20, lr=3e-2, kl_warmup=0.0, validation=0.3, patience=None)
+    assert len(fit.history) == 20  # 21 with a polish that is kept
