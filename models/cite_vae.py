@@ -38,7 +38,7 @@ site                  shape                    kind           meaning
 ``z``                 [n, I + (T + 1) D]       sample         exogenous state (w, z_0, ..., z_T)
 ``u``                 [n, T + 1, D]            deterministic  programs at all times
 ``x_loc``, ``x``      [n, G]                   observed       expression at the cell's own time (a unit's last)
-``before``            [n, F, G]                observed       expression of a unit at the other times at which it was seen
+``before``            [n]                      factor         log-probability of a unit at the other times at which it was seen
 ====================  =======================  =============  ===================================================================
 
 **Identified** (given one invertible decoder for all times and treatments, independent Gaussian noise, an invariant state that no treatment
