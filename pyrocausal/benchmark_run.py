@@ -20,7 +20,7 @@ import torch
 
 from pyrocausal.collection import ENTRIES, build
 from pyrocausal.data import PerturbationData
-from pyrocausal.errors import DataError, PyrocausalError
+from pyrocausal.errors import DataError, InterventionError, PyrocausalError
 from pyrocausal.fit import Fit, fit
 
 if TYPE_CHECKING:
@@ -62,7 +62,8 @@ def run_job(data: PerturbationData, job: Job, options: Options) -> dict[str, Any
         if job.model in DUPLICATES:
             answer = panels.duplicates[job.model]
         else:
-            answer = ask(_fitted(job, *split.parts(data)[:2], options), panels, options, job.seed)
+            train, validation, _ = split.parts(data)
+            answer = ask(_fitted(job, train, validation, panels.names, options), panels, options, job.seed)
         out["rows"], out["values"] = score(answer, panels, options, job.seed)
         out["note"] = answer.note
     except Exception as error:
@@ -71,13 +72,14 @@ def run_job(data: PerturbationData, job: Job, options: Options) -> dict[str, Any
     return out | {"seconds": round(time.perf_counter() - start, 2)}
 
 
-def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | None, options: Options) -> Fit:
+def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | None, names: tuple[str, ...], options: Options) -> Fit:
     if isinstance(job.entry, str):
         pair = build(job.entry, train, seed=job.seed, **job.settings)
     else:
         pair = job.entry(train, seed=job.seed, **job.settings)
         if isinstance(pair, Fit):
             return pair
+    _can_answer(pair[0], train, names)
     from pyrocausal.report import default_epochs
 
     epochs = options.max_epochs or default_epochs(len(train))
@@ -85,6 +87,16 @@ def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | No
     if fitted.stopped == "interrupted":  # a fit keeps what it has; a job is done or not done
         raise KeyboardInterrupt
     return fitted
+
+
+def _can_answer(model: Any, train: PerturbationData, names: tuple[str, ...]) -> None:
+    """Refuse, before a fit, a model that can answer none of the held-out conditions."""
+    trained = set(train.perturbations[train.cells_per_perturbation > 0])
+    lacking = [[p for p in name.split(train.separator) if p not in trained] for name in names]
+    if all(lacking) and not getattr(model, "answers_unseen", False):
+        raise InterventionError(
+            f"no training cell received {lacking[0][0]!r}, and the same holds of every held-out condition; take a model with an embedding"
+        )
 
 
 def run_all(
