@@ -23,6 +23,8 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
+from pyrocausal.benchmark_run import BASELINES, DUPLICATES, Job
+
 LEVEL = 0.05
 EXACT = 13  # most conditions of which all flips of signs are gone through
 FLIPS, RESAMPLES = 9999, 2000

@@ -148,7 +148,7 @@ def judge(data: PerturbationData, split: Split, options: Options, seed: int) -> 
         reference = moved + reference - control["train"].value
     counts = data.kind == "counts"
     own = np.stack([np.isin(np.asarray(data.genes, dtype=str), c.split(data.separator)) for c in names])
-    kept: Mask = ~own.any(0) if options.drop_targets else np.ones(own.shape[1], bool)
+    kept: Mask = ~np.asarray(own.any(0)) if options.drop_targets else np.ones(own.shape[1], bool)
     if kept.mean() < 0.5:
         raise DataError(f"{int((~kept).sum())} of {len(kept)} genes are targets of the held-out conditions; score them: drop_targets=False")
     seen = np.asarray((train.x[train.is_control] != 0).mean(0)).ravel() >= EXPRESSED

@@ -134,7 +134,6 @@ def _benchmark(a: argparse.Namespace) -> int:
     data, _ = _screen(a)
     print(data)
     settings = {"by": a.by} | {k: v for k, v in {"test": _share(a.test), "seen": a.seen}.items() if v is not None}
-    presets = {"presets": tuple(a.presets)} if a.presets else {}
     result = benchmark(
         data,
         list(dict.fromkeys(a.models)),
@@ -143,12 +142,12 @@ def _benchmark(a: argparse.Namespace) -> int:
         out=a.out,
         max_epochs=a.epochs,
         draws=a.draws,
+        presets=a.presets,
         min_cells=a.min_cells,
         drop_targets=not a.keep_targets,
         processes=a.processes,
         progress=True,
         name=Path(a.screen).name,
-        **presets,
     )
     print(as_text(result))
     print(f"report.html and tables are in {a.out}")
@@ -263,7 +262,8 @@ def _parser() -> argparse.ArgumentParser:
     held.add_argument("--test", nargs="+", metavar="T", help="the share to hold out, or names (default: 0.2)")
     held.add_argument("--seen", type=int, choices=(0, 1, 2), help="parts of a held-out pair that are measured alone (default: 2)")
     held.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of splits and fits (default: 0 1 2)")
-    held.add_argument("--presets", nargs="+", metavar="P", help="suites of metrics (default: mejia systema perturbench)")
+    suites = ["mejia", "systema", "perturbench"]
+    held.add_argument("--presets", nargs="+", default=suites, metavar="P", help=f"suites of metrics (default: {' '.join(suites)})")
     held.add_argument("--min-cells", type=_positive, default=10, metavar="N", help="least test cells of a condition (default: 10)")
     held.add_argument("--keep-targets", action="store_true", help="score the genes that the held-out conditions target as well")
     held.add_argument("--draws", type=_positive, default=200, metavar="N", help="posterior draws (default: 200)")
