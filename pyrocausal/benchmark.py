@@ -82,7 +82,8 @@ def benchmark(
     Args:
         models: names of the collection; or a mapping of names for the table to an entry or ``(entry, settings)``. An entry is a name of
             the collection, with settings of :func:`pyrocausal.build`, or a function ``entry(train, seed=, **settings)`` that returns a
-            model and a guide, or a ``Fit`` (importable, if ``processes`` is above 1).
+            model and a guide, or a ``Fit`` (importable, if ``processes`` is above 1). A baseline of the collection, under its own name
+            with settings (such as an ``embedding``) or under another, is one of the baselines that have to be beaten.
         splits: arguments of :func:`pyrocausal.splits.split`, for each split.
         seeds: for each, a split, a fit and a row.
         out: folder; what an earlier run finished there is not run again.
@@ -106,14 +107,16 @@ def benchmark(
 
     out = Path(out)
     check_out(out)
-    counts = data.kind == "counts"
-    metrics_of(tuple(presets), counts)
+    if processes < 1:
+        raise DataError(f"processes={processes} was given; give how many jobs to run at a time, at least 1")
+    metrics_of(tuple(presets), data.kind == "counts")
     options = Options(tuple(presets), draws, cells, max_epochs, min_cells, drop_targets, n_permutations, n_bootstrap)
     jobs = plan(data, models, splits, seeds, options)
-    folder = out / "jobs"
-    folder.mkdir(parents=True, exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     facts = {j.key: {"model": j.model, "split": j.split, "seed": j.seed, "unit": j.unit, "facts": dict(j.facts)} for j in jobs}
     write_json(out / FACTS, {"version": importlib.metadata.version("pyrocausal"), "options": asdict(options), "jobs": facts})
+    folder = out / "jobs"
+    folder.mkdir(exist_ok=True)
     run_all(data, [j for j in jobs if read(folder, j) is None], options, folder, processes, speaker(progress), len(jobs))
     table, values = assemble(jobs, [read(folder, j) or {} for j in jobs])
     result = Benchmark(table, paired_table(table, values), out)
@@ -141,19 +144,22 @@ def plan(data: PerturbationData, models: Models, splits: Sequence[Mapping[str, A
     if len(set(names)) < len(names):
         raise DataError("a split was given twice; give each once")
     digest, plain = _digest(data), unit_of(data)
+    always = {name: asked.pop(name, (name, {})) for name in BASELINES}  # perhaps with settings of the user's
+    baselines = always | {k: asked.pop(k) for k in sorted(asked) if _baseline(asked[k][0])}
     given = {name: LOG if data.kind == "counts" and _normalised(entry) else plain for name, (entry, _) in asked.items()}
     units = [plain, *([LOG] if LOG in given.values() else [])]
-    always: list[tuple[str, str | Make, dict[str, Any]]] = [(name, name, {}) for name in (*DUPLICATES, *BASELINES)]
-    every = [(*job, unit) for unit in units for job in always] + [(k, *asked[k], given[k]) for k in sorted(asked)]
+    first: list[tuple[str, str, str | Make, dict[str, Any]]] = [(name, "duplicate", name, {}) for name in DUPLICATES]
+    first += [(k, "baseline", *v) for k, v in baselines.items()]
+    every = [(*job, unit) for unit in units for job in first] + [(k, "model", *asked[k], given[k]) for k in sorted(asked)]
     version = importlib.metadata.version("pyrocausal")
     jobs = []
     for name, settings in zip(names, splits, strict=True):
         for seed in seeds:
             facts = make_split(data, **({"seed": int(seed)} | dict(settings))).facts()
-            for model, entry, own, unit in every:
+            for model, role, entry, own, unit in every:
                 what = [model, _plain(entry), _plain(own), facts, int(seed), unit, asdict(options), digest, version]
                 key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
-                jobs.append(Job(model, entry, own, name, facts, int(seed), unit, key))
+                jobs.append(Job(model, role, entry, own, name, facts, int(seed), unit, key))
     return jobs
 
 
@@ -169,12 +175,14 @@ def _asked(models: Models) -> dict[str, tuple[str | Make, dict[str, Any]]]:
                 raise PyrocausalError(f"{entry} has no setting {unknown[0]!r}; see pc.build and the model's own arguments")
         elif not callable(entry):
             raise PyrocausalError(f"the entry of {name!r} is {type(entry).__name__}; give a name of the collection or a function")
-        if name in BASELINES and entry == name and not settings:
-            continue  # it is in the table anyway
-        if name in out or name in (*BASELINES, *DUPLICATES):
+        if name in out or name in DUPLICATES or (name in BASELINES and entry != name):
             raise PyrocausalError(f"the name {name!r} is taken in the table; give the model another, in a mapping")
         out[name] = (entry, dict(settings))
     return out
+
+
+def _baseline(entry: str | Make) -> bool:
+    return isinstance(entry, str) and ENTRIES[entry].model == "Baseline"
 
 
 def _normalised(entry: str | Make) -> bool:

@@ -14,6 +14,7 @@ from pyrocausal.benchmark_paired import LEVEL_WITH, LOSES, NOT_TESTED, WINS
 if TYPE_CHECKING:
     from pyrocausal.benchmark import Benchmark
 
+PANELS = 9
 GENERATOR = '<meta name="generator" content="pyrocausal benchmark">'
 COLOURS = {WINS: "#1a7f37", LOSES: "#b3261e", LEVEL_WITH: "#777777"}
 RULE = """The best baseline is that of the best mean over seeds, chosen with the same test cells, in its favour. Differences are taken
@@ -92,10 +93,11 @@ def page(result: Benchmark, name: str, about: str) -> str:
 
 
 def forest(tested: pd.DataFrame) -> Any:
-    """A panel for each metric, a line for each model: difference from the best baseline, with its interval."""
+    """A panel for each metric (nine at most, the admitted ones first), a line for each model: difference from the best baseline."""
     from matplotlib.figure import Figure
 
-    metrics, models = list(dict.fromkeys(tested["metric"])), list(dict.fromkeys(tested["model"]))
+    models = list(dict.fromkeys(tested["model"]))
+    metrics = list(dict.fromkeys(tested.sort_values("admitted", ascending=False, kind="stable")["metric"]))[:PANELS]
     columns = min(3, len(metrics))
     lines = -(-len(metrics) // columns)
     figure = Figure(figsize=(3.6 * columns + 1, (0.26 * len(models) + 1.1) * lines), layout="constrained")

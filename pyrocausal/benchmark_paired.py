@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pyrocausal.benchmark_run import BASELINES, DUPLICATES, Job
+from pyrocausal.benchmark_run import Job
 
 LEVEL = 0.05
 EXACT = 13  # most conditions of which all flips of signs are gone through
@@ -86,8 +86,7 @@ def assemble(jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> tuple[pd
     values: list[pd.DataFrame] = []
     failed: list[dict[str, Any]] = []
     for job, result in zip(jobs, results, strict=True):
-        role = "duplicate" if job.model in DUPLICATES else "baseline" if job.model in BASELINES else "model"
-        where = {"model": job.model, "role": role, "split": job.split, "unit": job.unit, "seed": job.seed}
+        where = {"model": job.model, "role": job.role, "split": job.split, "unit": job.unit, "seed": job.seed}
         if result.get("status") != "ok":
             failed.append(where | {"note": result.get("note", "not run"), "status": "failed"})
             continue
@@ -141,10 +140,10 @@ def _lost(failed: list[dict[str, Any]], table: pd.DataFrame, values: pd.DataFram
 
 
 def best_baselines(table: pd.DataFrame) -> pd.Series:
-    """The baseline of the best mean over seeds, by (split, unit, metric); the first of the collection among equals."""
+    """The baseline of the best mean over seeds, by (split, unit, metric); the first of the table among equals."""
     own = table[(table["role"] == "baseline") & (table["metric"] != "")]
     mean = own.groupby(["split", "unit", "metric", "model"], sort=False)["value"].agg(lambda v: v.mean(skipna=False)).dropna().reset_index()
-    mean["order"] = mean["model"].map({name: i for i, name in enumerate(BASELINES)})
+    mean["order"] = mean["model"].map({name: i for i, name in enumerate(dict.fromkeys(own["model"]))})
     higher = own.drop_duplicates("metric").set_index("metric")["higher"]
     mean["loss"] = np.where(mean["metric"].map(higher).astype(bool), -mean["value"], mean["value"])
     best = mean.sort_values(["loss", "order"], kind="stable").drop_duplicates(["split", "unit", "metric"])

@@ -20,7 +20,7 @@ import torch
 
 from pyrocausal.collection import ENTRIES, build
 from pyrocausal.data import PerturbationData
-from pyrocausal.errors import DataError, InterventionError, PyrocausalError
+from pyrocausal.errors import InterventionError, PyrocausalError
 from pyrocausal.fit import Fit, fit
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ class Job:
     """One cell of the benchmark; ``unit`` is that of the data it is fitted to, ``facts`` are those of its split."""
 
     model: str
+    role: str
     entry: str | Make
     settings: Mapping[str, Any]
     split: str
@@ -102,12 +103,10 @@ def _can_answer(model: Any, train: PerturbationData, names: tuple[str, ...]) -> 
 def run_all(
     data: PerturbationData, jobs: list[Job], options: Options, folder: Path, processes: int, say: Callable[[str], object], total: int
 ) -> None:
-    if processes < 1:
-        raise DataError(f"processes={processes} was given; give how many jobs to run at a time, at least 1")
     done = total - len(jobs)
     if done:
         say(f"{done} of {total} jobs are done already")
-    if processes == 1 or len(jobs) < 2:
+    if processes == 1 or not jobs:
         work = _Worker(data, options, folder)
         for i, job in enumerate(jobs):
             with _one_thread():

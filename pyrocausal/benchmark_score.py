@@ -139,7 +139,9 @@ def judge(data: PerturbationData, split: Split, options: Options, seed: int) -> 
     pool = data[np.concatenate([test.cells[np.isin(test.labels, names)], source.cells[source.is_control]])]
     a, b = halves(pool, seed)
     true, other = (_profiles(half, names) for half in (a, b))
-    control = {k: _totals(d, np.flatnonzero(d.is_control)) for k, d in (("a", a), ("b", b), ("all", pool), ("train", train))}
+    control = {k: _totals(d, np.flatnonzero(d.is_control)) for k, d in (("a", a), ("b", b), ("all", pool))}
+    same = np.isin(train.batch_codes, train.batch_codes[~train.is_control])  # of a held-out batch, only control cells are trained on
+    control["train"] = _totals(train, np.flatnonzero(train.is_control & same if (train.is_control & same).any() else train.is_control))
     conditions = _training_conditions(train, options.min_cells)
     centroids = np.stack([_totals(train, np.flatnonzero(train.labels == c)).value for c in conditions])
     reference = centroids.mean(0)
