@@ -14,6 +14,7 @@ _pyro.settings.set(module_local_params=True)
 from pyrocausal import errors, simulate
 from pyrocausal.adapt import adapt
 from pyrocausal.auto import auto_guide
+from pyrocausal.benchmark import Benchmark, benchmark
 from pyrocausal.check import check_model
 from pyrocausal.clipr import clipr
 from pyrocausal.collapse import collapse
@@ -48,12 +49,14 @@ from pyrocausal.trajectory import trajectory
 
 __all__ = [
     "ELBO",
+    "Benchmark",
     "Fit",
     "PerturbationData",
     "activate",
     "adapt",
     "at",
     "auto_guide",
+    "benchmark",
     "build",
     "check_model",
     "clamp",

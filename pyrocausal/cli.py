@@ -1,4 +1,4 @@
-"""The command line: ``pyrocausal demo | fit | query | models``."""
+"""The command line: ``pyrocausal demo | fit | query | benchmark | models``."""
 
 from __future__ import annotations
 
@@ -18,6 +18,8 @@ ABOUT = """Causal generative models for single-cell perturbation screens.
                                              and how good against simple baselines
   pyrocausal fit screen.h5ad --out run       fit and save
   pyrocausal query run "STAT1" "IRF1+STAT1"  ask a saved fit what perturbations do, also in combinations that were never measured
+  pyrocausal benchmark screen.h5ad --models sams_vae sccvae --out table
+                                             models and every baseline on held-out cells: who wins, and how surely
   pyrocausal models                          the collection"""
 SCREEN = """The screen is an .h5ad file: counts (recommended) or normalised expression in X or a layer, and a column of obs that names the
 perturbation of each cell, with one label for unperturbed cells and A+B for combinations."""
@@ -124,6 +126,34 @@ def _query(a: argparse.Namespace) -> int:
     return 0
 
 
+def _benchmark(a: argparse.Namespace) -> int:
+    from pyrocausal.benchmark import benchmark, check_out
+    from pyrocausal.benchmark_page import as_text
+
+    check_out(Path(a.out))
+    data, _ = _screen(a)
+    print(data)
+    settings = {"by": a.by} | {k: v for k, v in {"test": _share(a.test), "seen": a.seen}.items() if v is not None}
+    result = benchmark(
+        data,
+        list(dict.fromkeys(a.models)),
+        splits=[settings],
+        seeds=a.seeds,
+        out=a.out,
+        max_epochs=a.epochs,
+        draws=a.draws,
+        presets=a.presets,
+        min_cells=a.min_cells,
+        drop_targets=not a.keep_targets,
+        processes=a.processes,
+        progress=True,
+        name=Path(a.screen).name,
+    )
+    print(as_text(result))
+    print(f"report.html and tables are in {a.out}")
+    return 0
+
+
 def _models(a: argparse.Namespace) -> int:
     from pyrocausal.collection import table
 
@@ -154,6 +184,16 @@ def _screen(a: argparse.Namespace) -> tuple[Any, Any]:
         modality=a.modality,
     )
     return data, adata
+
+
+def _share(words: Sequence[str] | None) -> Any:
+    """A number as such, anything else as names."""
+    if words is None or len(words) != 1:
+        return words
+    try:
+        return float(words[0])
+    except ValueError:
+        return words
 
 
 def _intervention(label: str, a: argparse.Namespace, coords: dict[str, Any]) -> tuple[str, Any]:
@@ -209,6 +249,26 @@ def _parser() -> argparse.ArgumentParser:
     query.add_argument("--top", type=_positive, default=10, metavar="N", help="how many of the strongest genes (default: 10)")
     query.add_argument("--csv", metavar="FILE", help="write the whole table")
     query.add_argument("--seed", type=int, default=0, metavar="N", help="of the posterior draws (default: 0)")
+
+    about = f"{SCREEN} A run that was interrupted goes on where it was, if it is given again with the same arguments."
+    bench = _command(commands, "benchmark", _benchmark, "models and every baseline on held-out cells, and who wins", about)
+    bench.add_argument("screen", metavar="SCREEN.h5ad", help="the screen")
+    bench.add_argument("--models", nargs="+", default=[], metavar="NAME", help="see pyrocausal models; the baselines are always there")
+    bench.add_argument("--out", default="pyrocausal-benchmark", metavar="DIR", help="folder (default: pyrocausal-benchmark)")
+    _screen_options(bench)
+    held = bench.add_argument_group("what is held out, and how it is scored")
+    ways = ("cells", "perturbations", "combinations", "batch", "time")
+    held.add_argument("--by", default="cells", choices=ways, help="what is held out (default: cells, of every condition)")
+    held.add_argument("--test", nargs="+", metavar="T", help="the share to hold out, or names (default: 0.2)")
+    held.add_argument("--seen", type=int, choices=(0, 1, 2), help="parts of a held-out pair that are measured alone (default: 2)")
+    held.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], metavar="N", help="of splits and fits (default: 0 1 2)")
+    suites = ["mejia", "systema", "perturbench"]
+    held.add_argument("--presets", nargs="+", default=suites, metavar="P", help=f"suites of metrics (default: {' '.join(suites)})")
+    held.add_argument("--min-cells", type=_positive, default=10, metavar="N", help="least test cells of a condition (default: 10)")
+    held.add_argument("--keep-targets", action="store_true", help="score the genes that the held-out conditions target as well")
+    held.add_argument("--draws", type=_positive, default=200, metavar="N", help="posterior draws (default: 200)")
+    held.add_argument("--epochs", type=_positive, metavar="N", help="passes over the cells (default: by size, 3,000 to 4,000 steps)")
+    held.add_argument("--processes", type=_positive, default=1, metavar="N", help="fits at a time (default: 1)")
 
     _command(commands, "models", _models, "list the models of the collection", "The models of the collection, for --model.")
     return parser
