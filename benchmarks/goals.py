@@ -17,8 +17,8 @@ Rules, the same for every row:
    goal stands if value *and* interval keep the bar; it is read against the best opponent, whoever that is in each resample.
 6. Which model answers is said in the row beforehand; the other entries of the collection are printed as opponents.
 
-Units (worlds of one family, everything fitted to each) are in ``goals_worlds.py``, ``goals_screens.py`` and ``goals_real.py``; each world's
-records are written to ``runs/goals/<seeds>/<unit>/<seed>.json``. Real screens are read from ``PYROCAUSAL_DATA``.
+Units (worlds of one family, everything fitted to each) are in ``goals_worlds.py``, ``goals_pairs.py``, ``goals_screens.py`` and
+``goals_real.py``; each world's records are written to ``runs/goals/<seeds>/<unit>/<seed>.json``. Real screens: ``PYROCAUSAL_DATA``.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import goals_pairs
 import goals_real
 import goals_screens
 import goals_worlds
-from goals_table import Records, Row, Unit, lines
+from goals_table import Records, Row, Unit, lines, printed
 
 DRAW = 20261121  # of the seeds of the table
 DEVELOPMENT = 1000  # first of the other seeds
-UNITS: list[Unit] = [*goals_worlds.UNITS, *goals_screens.UNITS, *goals_real.UNITS]
-ROWS: list[Row] = sorted([*goals_worlds.ROWS, *goals_screens.ROWS, *goals_real.ROWS], key=lambda r: r.goal)
+UNITS: list[Unit] = [*goals_worlds.UNITS, *goals_pairs.UNITS, *goals_screens.UNITS, *goals_real.UNITS]
+ROWS: list[Row] = sorted([*goals_worlds.ROWS, *goals_pairs.ROWS, *goals_screens.ROWS, *goals_real.ROWS], key=lambda r: r.goal)
 
 
 def seeds_of(unit: Unit, development: bool = False) -> list[int]:
@@ -111,8 +112,9 @@ def main() -> None:
                 continue
             results[unit.name] += [records] if records else []
     table = lines(rows, results, {u.name: u.worlds for u in UNITS})
-    with pd.option_context("display.width", 250, "display.max_colwidth", 120):
-        print("\n" + table.to_string(index=False))
+    print(printed(table))
+    folder.mkdir(parents=True, exist_ok=True)
+    table.to_csv(folder / "table.csv", index=False)
     counted = table["verdict"].str.extract("^(stands|falls short|not run|reported)")[0].value_counts()
     print("\n" + ", ".join(f"{n} {k}" for k, n in counted.items()))
     if a.details:

@@ -73,19 +73,40 @@ def lines(rows: Sequence[Row], results: dict[str, list[Records]], planned: dict[
     out = []
     for row in rows:
         worlds = results.get(row.unit, [])
-        line: dict[str, Any] = {"goal": row.goal, "task": row.task, "who": row.ours, "measured": "", "95 %": "", "bar": bar_text(row)}
+        line: dict[str, Any] = {
+            "goal": row.goal,
+            "task": row.task,
+            "measured": "",
+            "95 %": "",
+            "bar": bar_text(row),
+            "verdict": "",
+            "values": "",
+        }
         if row.why or not worlds:
-            out.append(line | {"opponents": "", "verdict": f"not run: {row.why or 'no results yet'}"})
+            out.append(line | {"verdict": f"not run: {row.why or 'no results yet'}"})
             continue
         value, low, high = measured(row, worlds)
         verdict = judge(row, value, low, high)
         if 0 < len(worlds) < planned[row.unit] and verdict:
             verdict += f" ({len(worlds)} of {planned[row.unit]} worlds)"
-        failures = [r["error"] for w in worlds for r in w if r["method"] == row.ours and "error" in r and row.metric.startswith(r["metric"])]
+        failures = [
+            r["error"] for w in worlds for r in w if r["method"] == row.ours and "error" in r and row.metric.startswith(r["metric"])
+        ]
         verdict += f"; failed in {len(failures)} of {len(worlds)} worlds: {failures[0][:60]}" if failures else ""
-        others = ", ".join(f"{m} {number(value_of(row, worlds, m))}" for m in opponents_of(row))
-        out.append(line | {"measured": number(value), "95 %": f"{number(low)} to {number(high)}", "opponents": others, "verdict": verdict})
+        others = ", ".join(f"{m} {number(value_of(row, worlds, m))}" for m in (row.ours, *opponents_of(row)))
+        out.append(line | {"measured": number(value), "95 %": f"{number(low)} to {number(high)}", "values": others, "verdict": verdict})
     return pd.DataFrame(out)
+
+
+def printed(table: pd.DataFrame) -> str:
+    """Two lines for each row: what was asked and how it ended; then the statistic of whoever answers, and of the opponents."""
+    out = []
+    for goal, part in table.groupby("goal", sort=False):
+        out.append(f"\n{goal}  {'task':<78} {'measured':>9}  {'95 %':<18} {'bar':<48} verdict")
+        for line in part.to_dict("records"):
+            out.append(f"    {line['task']:<78} {line['measured']:>9}  {line['95 %']:<18} {line['bar']:<48} {line['verdict']}")
+            out += [f"        {line['values']}"] if line["values"] else []
+    return "\n".join(out)
 
 
 def measured(row: Row, worlds: list[Records], seed: int = 0) -> tuple[float, float, float]:
@@ -134,8 +155,9 @@ def tabled(row: Row, worlds: list[Records], method: str) -> np.ndarray:
                 hit = [i for m, i in place.items() if m.startswith(r["metric"])]
                 out[:, w, hit] = np.array([worst(row), 1.0])[:, None]
             elif r["method"] == method and r["metric"] in place:
-                num, den = r["num"], r.get("den", 1.0)
-                out[:, w, place[r["metric"]]] = (num if np.isfinite(num) else worst(row)), den
+                entry = np.array([r["num"] if np.isfinite(r["num"]) else worst(row), r.get("den", 1.0)])
+                i = place[r["metric"]]
+                out[:, w, i] = np.where(np.isnan(out[:, w, i]), entry, out[:, w, i] + entry)  # several records of a metric add up
     return out
 
 
@@ -156,7 +178,9 @@ def reduced(row: Row, table: np.ndarray, which: np.ndarray) -> float:
         return np.nan
     if row.statistic == "mean":
         return float(each.mean())
-    return float(np.quantile(each, 0.5 if row.statistic == "median" else 0.9, method="median_unbiased" if np.isfinite(each).all() else "higher"))
+    return float(
+        np.quantile(each, 0.5 if row.statistic == "median" else 0.9, method="median_unbiased" if np.isfinite(each).all() else "higher")
+    )
 
 
 def judge(row: Row, value: float, low: float, high: float) -> str:

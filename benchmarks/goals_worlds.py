@@ -1,7 +1,7 @@
-"""Goals M2 (unseen interventions), M3 (interactions) and M4 (graphs): simulated screens of structural causal models.
+"""Goals M2 (unseen interventions) and M4 (graphs): simulated screens of structural causal models.
 
-Errors are ``num = sum (prediction - truth)^2`` over ``den = sum truth^2`` of the true mean effects, own targets left out: 0 is perfect, 1 is
-no change. The level at which an unseen gene is held is part of the question, and known to every method that can use it.
+Errors are ``num = sum (prediction - truth)^2`` over ``den = sum truth^2`` of the true mean effects, own targets left out: 0 is perfect,
+1 is no change. The level at which an unseen gene is held is part of the question, and known to every method that can use it.
 
 **linear_lcd, held genes.** In a linear system the means under ``x_T = v`` are those under the shifts of T that bring the means of T to v,
 since no other equation changes. So one answer of ``pc.effects`` to a unit shift of each gene, R [d, d], holds those of all sets T::
@@ -28,10 +28,9 @@ import pyrocausal as pc
 from pyrocausal.dynamics.select import select_settings
 from pyrocausal.evaluate import structural_intervention_distance
 from pyrocausal.graph_baselines import coefficient_scores, de_scores, sqrt_coefficient_de
-from pyrocausal.interactions import call_interactions
 from pyrocausal.interventions import parse
 from pyrocausal.posterior import deterministic_tables, global_draws
-from pyrocausal.simulate_regulatory import STRATUM, regulatory_screen
+from pyrocausal.simulate_regulatory import regulatory_screen
 from pyrocausal.simulate_scm import scm_screen
 
 Array = NDArray[np.float64]
@@ -39,7 +38,6 @@ LCD = {"standardise": False, "diffusion": "learned", "off_target_rate": None}  #
 EDGE_SCALES = ({"edge_scale": 0.03}, {"edge_scale": 0.1})
 EPOCHS, SELECT_EPOCHS, COUNT_EPOCHS = 1500, 500, 20
 PENALTY, SCREEN_Z = 0.03, 3.5  # of the ridge with ancestor screen
-ZERO = 1e-8  # of a true interaction; means are exact, or averages under the same noise
 BASELINES = ("control", "mean_perturbed", "knn_embedding", "ridge_embedding")
 
 
@@ -77,21 +75,25 @@ def unseen_and_graph(make: Callable[[int], ad.AnnData], n_seen: int, seed: int, 
 
     z, own = de_scores(train), train.genes.get_indexer(train.labels)
     for name in BASELINES:
-        out += attempt(name, "unseen", lambda n=name: score(_baseline(n, train, names[n_seen:])))
+        out += attempt(name, "unseen", lambda n=name: score(baseline_effect(n, train, names[n_seen:])))
     covariance = np.cov(x0.T)
     out += attempt("observational regression", "unseen", lambda: score(through(covariance)))
-    out += attempt("ridge, ancestor screen", "unseen", lambda: score(through(_reach(ridge_system(x, own, _screened(z, seen), PENALTY)))))
-    out += attempt("regression, true graph", "unseen", lambda: score(through(_reach(ridge_system(x, own, truth["edges"], 1e-9)))))
+    out += attempt("ridge, ancestor screen", "unseen", lambda: score(through(reach_of(ridge_system(x, own, screened(z, seen), PENALTY)))))
+    out += attempt("regression, true graph", "unseen", lambda: score(through(reach_of(ridge_system(x, own, truth["edges"], 1e-9)))))
     scores: dict[str, Callable[[], Array]] = {
         "de_z": lambda: z,
         "coef": lambda: coefficient_scores(train, normalise="none"),
         "sqrt(coef x de)": lambda: sqrt_coefficient_de(train, normalise="none"),
         "coef/(1+reverse de)": lambda: coefficient_scores(train, normalise="none") / (1 + z.T),
-        "ridge, ancestor screen": lambda: np.abs(ridge_system(x, own, _screened(z, seen), PENALTY)),
+        "ridge, ancestor screen": lambda: np.abs(ridge_system(x, own, screened(z, seen), PENALTY)),
     }
     try:
         fit = fitted_lcd(train, seed, quick)
-        out += attempt("linear_lcd", "unseen", lambda: score(_counts_held(fit, names[n_seen:], target) if counts else through(responses(fit, names)[0])))
+        out += attempt(
+            "linear_lcd",
+            "unseen",
+            lambda: score(_counts_held(fit, names[n_seen:], target) if counts else through(responses(fit, names)[0])),
+        )
         scores["linear_lcd"] = lambda: np.abs(graph_of(fit))
     except Exception as error:
         out += [{"method": "linear_lcd", "metric": "", "num": np.nan, "error": f"{type(error).__name__}: {error}"}]
@@ -160,7 +162,7 @@ def anchored_sccvae(data: pc.PerturbationData, seed: int, quick: bool) -> tuple[
     graph = (tables | deterministic_tables(fit, tables, 20))["graph"].mean(0)
     with torch.no_grad():
         loadings = (fit.model.decoder(torch.eye(d)) - fit.model.decoder(torch.zeros(1, d))).double().numpy()  # type: ignore[union-attr, operator]
-    return graph, _reach(graph) @ loadings
+    return graph, reach_of(graph) @ loadings
 
 
 def ridge_system(x: Array, own: NDArray[np.int64], allowed: Any, penalty: float) -> Array:
@@ -176,13 +178,13 @@ def ridge_system(x: Array, own: NDArray[np.int64], allowed: Any, penalty: float)
     return out
 
 
-def _screened(z: Array, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
+def screened(z: Array, seen: NDArray[np.bool_]) -> NDArray[np.bool_]:
     """[j, k]: j may be upstream of k: it moves k if it was perturbed, and k, if that was, does not move it."""
     moves = z > SCREEN_Z
     return ~np.eye(len(z), dtype=bool) & (moves | ~seen[:, None]) & ~(moves & seen[:, None]).T
 
 
-def _reach(B: Array) -> Array:
+def reach_of(B: Array) -> Array:
     return np.linalg.inv(np.eye(len(B)) - B)
 
 
@@ -190,7 +192,7 @@ def _log_share(mean: Array) -> Array:
     return np.log1p(1e4 * mean / mean.sum(-1, keepdims=True))
 
 
-def _baseline(name: str, train: pc.PerturbationData, labels: Sequence[str], draws: int = 1) -> Array:
+def baseline_effect(name: str, train: pc.PerturbationData, labels: Sequence[str], draws: int = 1) -> Array:
     fit = pc.fit(*pc.build(name, train), train, progress=False)
     told = pc.effects(fit, {c: parse(c) for c in labels}, draws=200, cells=4)["effect"]
     return told.mean("draw").transpose("intervention", "gene").to_numpy()
@@ -219,69 +221,6 @@ def strongest_acyclic(score: Array, n_edges: int) -> NDArray[np.bool_]:
     return out
 
 
-# -- M3 --------------------------------------------------------------------------------------------------------------------------
-
-
-def pairs_of(make: Callable[[int], ad.AnnData], predicts: bool, seed: int, quick: bool) -> Records:
-    """Unseen doubles of seen genes, in the stratum and over all pairs; and interaction calls on the measured pairs."""
-    adata = make(seed)
-    truth, data = adata.uns["truth"], pc.PerturbationData.from_anndata(adata)
-    conditions = [str(c) for c in truth["conditions"]]
-    singles = [c for c in conditions[1:] if "+" not in c]
-    doubles = conditions[1 + len(singles) :]
-    targets = data.genes.get_indexer(singles)
-    sets = targets[truth["pairs"]]
-    kept = np.ones((len(doubles), len(data.genes)), dtype=bool)
-    np.put_along_axis(kept, sets, False, 1)
-    effect = (truth["expression"] - truth["expression"][0])[1 + len(singles) :] * kept
-    interaction = truth["interaction"] * kept
-    energy = (effect**2).sum(1)
-    stratum = (interaction**2).sum(1) > STRATUM * np.where(energy > 0, energy, np.inf)
-    real = np.abs(interaction) > ZERO
-
-    def score(predicted: Array) -> Iterable[tuple[str, float, float]]:
-        error = (((predicted - effect) ** 2) * kept).sum(1)
-        return [("pairs all", error.sum(), energy.sum()), ("pairs stratum", error[stratum].sum(), energy[stratum].sum())]
-
-    def calls() -> Iterable[tuple[str, float, float]]:
-        table = call_interactions(data, doubles, fdr=0.1)
-        called = table["called"].to_numpy().reshape(len(doubles), -1) & kept  # pairs in the order given, genes within
-        n, right = int(called.sum()), int((called & real).sum())
-        yield "calls fdp", (n - right) / max(n, 1), 1.0
-        yield "calls false", n - right, int((kept & ~real).sum())
-        yield "calls any", float(n > right), 1.0
-        inside = stratum[:, None] & real
-        if inside.any():
-            yield "calls power", int((called & inside).sum()), int(inside.sum())
-        if real.any():
-            yield "calls power, all pairs", int((called & real).sum()), int(real.sum())
-
-    out = attempt("call_interactions", "calls", calls)
-    out += [{"method": "truth", "metric": "stratum share", "num": float(stratum.sum()), "den": float(len(stratum))}]
-    if not predicts:
-        return out
-    train = data[np.isin(data.labels, [data.control, *singles])]
-    for name in ("control", "mean_perturbed", "matching_mean", "additive", "additive_eb"):
-        out += attempt(name, "pairs", lambda n=name: score(_baseline(n, train, doubles)))
-    change = np.stack([train.dense(np.float64)[train.labels == s].mean(0) for s in singles])
-    change = (change - train.dense(np.float64)[train.is_control].mean(0))[np.arange(len(singles)), targets]  # measured, of each target
-
-    def held() -> Iterable[tuple[str, float, float]]:
-        R = responses(fitted_lcd(train, seed, quick), singles)
-        return score(held_effects(R, sets, change[truth["pairs"]])[0])
-
-    out += attempt("linear_lcd", "pairs", held)
-    x, z, own = train.dense(np.float64), de_scores(train), train.genes.get_indexer(train.labels)
-    seen = np.isin(np.arange(len(data.genes)), targets)
-
-    def ridge() -> Iterable[tuple[str, float, float]]:
-        R = _reach(ridge_system(x, own, _screened(z, seen), PENALTY))
-        return score(held_effects(R[None], sets, change[truth["pairs"]])[0])
-
-    out += attempt("ridge, ancestor screen", "pairs", ridge)
-    return out
-
-
 # -- the worlds and the rows -------------------------------------------------------------------------------------------------------
 
 
@@ -293,29 +232,22 @@ def _hill(seed: int) -> ad.AnnData:
     return regulatory_screen(30, 30, 1.0, cycles=False, mechanism="hill", cells_per_perturbation=200, n_control=1000, seed=seed)
 
 
-def _pairs(seed: int, **settings: Any) -> ad.AnnData:
-    return scm_screen(**{"n_genes": 30, "n_perturbed": 20, "doubles": 190, "seed": seed} | settings)
-
-
 UNITS = [
     Unit("scm linear 30", partial(unseen_and_graph, _scm, 20), 12),
     Unit("scm linear 50", partial(unseen_and_graph, partial(_scm, n_genes=50, degree=4.0, n_perturbed=50), 33), 6),
     Unit("scm counts 50", partial(unseen_and_graph, partial(_scm, n_genes=50, degree=4.0, n_perturbed=50, counts=True), 33), 6),
     Unit("scm tanh 30", partial(unseen_and_graph, partial(_scm, mechanism="tanh"), 20), 6),
     Unit("hill 30", partial(unseen_and_graph, _hill, 20), 6),
-    Unit("pairs linear do 2", partial(pairs_of, partial(_pairs, degree=2.0), True), 12),
-    Unit("pairs linear do 4", partial(pairs_of, partial(_pairs, degree=4.0), True), 12),
-    Unit("pairs tanh do 4", partial(pairs_of, partial(_pairs, degree=4.0, mechanism="tanh"), True), 12),
-    Unit("pairs linear shift 4", partial(pairs_of, partial(_pairs, degree=4.0, intervention="shift"), False), 12),
 ]
 _SIMPLE = ("control", "mean_perturbed", "observational regression", "ridge, ancestor screen", "knn_embedding")
 _REST = ("sccvae, anchored", "ridge_embedding", "regression, true graph")
 _GRAPH = ("de_z", "coef", "sqrt(coef x de)", "coef/(1+reverse de)", "ridge, ancestor screen", "sccvae, anchored")
-_SUMS = ("control", "mean_perturbed", "matching_mean", "additive", "additive_eb", "ridge, ancestor screen")
 
 
 def _unseen(task: str, unit: str, **settings: Any) -> Row:
-    return Row(**{"goal": "M2", "task": task, "unit": unit, "metric": "unseen", "ours": "linear_lcd", "opponents": (*_SIMPLE, *_REST)} | settings)
+    return Row(
+        **{"goal": "M2", "task": task, "unit": unit, "metric": "unseen", "ours": "linear_lcd", "opponents": (*_SIMPLE, *_REST)} | settings
+    )
 
 
 def _graph(task: str, unit: str, metric: str, **settings: Any) -> Row:
@@ -323,41 +255,46 @@ def _graph(task: str, unit: str, metric: str, **settings: Any) -> Row:
     return Row(**given | settings)
 
 
-def _calls(task: str, unit: str, metric: str, **settings: Any) -> Row:
-    return Row(**{"goal": "M3", "task": task, "unit": unit, "metric": metric, "ours": "call_interactions"} | settings)
-
-
-def _doubles(degree: str, unit: str) -> list[Row]:
-    common: dict[str, Any] = {"goal": "M3", "unit": unit, "ours": "linear_lcd", "statistic": "pooled", "opponents": _SUMS}
-    return [
-        Row(task=f"unseen doubles, {degree}, NMSE in the stratum", metric="pairs stratum", **common | {"against": ("additive",), "relation": "ratio", "bar": (None, 0.5)}),
-        Row(task=f"unseen doubles, {degree}, NMSE of all pairs", metric="pairs all", **common | {"against": ("additive_eb",), "relation": "ratio", "bar": (None, 1.05)}),
-        _calls(f"interaction calls at FDR 10 %, {degree}: realised FDR", unit, "calls fdp", bar=(None, 0.12)),
-        _calls(f"interaction calls, {degree}: power in the stratum", unit, "calls power", statistic="pooled", bar=(0.5, None), lower=False),
-    ]  # fmt: skip
-
-
 ROWS = [
     _unseen("unseen do, linear d=30: median NMSE", "scm linear 30", statistic="median", bar=(None, 0.05)),
     _unseen("unseen do, linear d=30: p90 NMSE", "scm linear 30", statistic="p90", bar=(None, 0.15)),
-    _unseen("unseen do, d=50 degree 4, Poisson: median NMSE", "scm counts 50", statistic="median", against=_SIMPLE, relation="ratio", bar=(None, 0.5)),
+    _unseen(
+        "unseen do, d=50 degree 4, Poisson: median NMSE",
+        "scm counts 50",
+        statistic="median",
+        against=_SIMPLE,
+        relation="ratio",
+        bar=(None, 0.5),
+    ),
     _unseen("unseen do, linear d=50 degree 4: median NMSE", "scm linear 50", statistic="median"),
     _unseen("unseen do, tanh d=30: median NMSE", "scm tanh 30", statistic="median"),
     _unseen("unseen do, Hill d=30: median NMSE", "hill 30", statistic="median"),
-    *_doubles("linear do, degree 2", "pairs linear do 2"),
-    *_doubles("linear do, degree 4", "pairs linear do 4"),
-    *_doubles("tanh do, degree 4", "pairs tanh do 4"),
-    _calls("calls where nothing interacts (linear shift): share of tests", "pairs linear shift 4", "calls false", statistic="pooled", bar=(None, 0.1)),
-    _calls("calls where nothing interacts: share of screens with any", "pairs linear shift 4", "calls any", bar=(None, 0.1)),
-    Row("M3", "interaction AUPRC on Norman above .33", why="needs the full Norman screen; the slice has three pairs with both singles"),
     _graph("AUPRC, d=30 degree 2, never-intervened sources", "scm linear 30", "auprc never", bar=(0.75, None)),
     _graph("AUPRC, d=50 degree 4 Poisson, intervened sources", "scm counts 50", "auprc seen", bar=(0.7, None)),
-    _graph("SID at the true number of edges, d=30", "scm linear 30", "auprc sid", lower=True, statistic="pooled", against=("sqrt(coef x de)",), relation="ratio", bar=(None, 0.5)),
-    _graph("SID at the true number of edges, d=50 degree 4", "scm linear 50", "auprc sid", lower=True, statistic="pooled", against=("sqrt(coef x de)",), relation="ratio", bar=(None, 0.5)),
+    _graph(
+        "SID at the true number of edges, d=30",
+        "scm linear 30",
+        "auprc sid",
+        lower=True,
+        statistic="pooled",
+        against=("sqrt(coef x de)",),
+        relation="ratio",
+        bar=(None, 0.5),
+    ),
+    _graph(
+        "SID at the true number of edges, d=50 degree 4",
+        "scm linear 50",
+        "auprc sid",
+        lower=True,
+        statistic="pooled",
+        against=("sqrt(coef x de)",),
+        relation="ratio",
+        bar=(None, 0.5),
+    ),
     _graph("AUPRC, d=30 degree 2, intervened sources", "scm linear 30", "auprc seen"),
     _graph("AUPRC, d=50 degree 4, intervened sources", "scm linear 50", "auprc seen"),
     _graph("AUPRC, d=50 degree 4, never-intervened sources", "scm linear 50", "auprc never"),
     _graph("AUPRC, d=50 degree 4 Poisson, never-intervened sources", "scm counts 50", "auprc never"),
     _graph("AUPRC, Hill d=30, never-intervened sources", "hill 30", "auprc never"),
     Row("M4", "CausalBench: dominate DE z on the held-out (W, FOR) curve", why="needs the CausalBench screens, which are not here"),
-]  # fmt: skip
+]
