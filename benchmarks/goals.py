@@ -115,7 +115,7 @@ def main() -> None:
     print(printed(table))
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "table.csv", index=False)
-    counted = table["verdict"].str.extract("^(stands|falls short|not run|reported)")[0].value_counts()
+    counted = table["verdict"].str.extract("^(stands|falls short|not run|no verdict|reported)")[0].value_counts()
     print("\n" + ", ".join(f"{n} {k}" for k, n in counted.items()))
     if a.details:
         print(details(results))

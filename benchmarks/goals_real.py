@@ -165,10 +165,10 @@ def _real(kind: str, models: tuple[str, ...]) -> list[Row]:
             Row(task=f"{name}: WMSE", metric="wmse", ours=first, bar=(None, 0.0095), **common),
         ]
     common["against"], common["relation"] = ("additive_eb",), "difference"
-    for m in models:
-        given = common | {"opponents": ("technical duplicate",)}
-        rows.append(Row(task=f"{name}: L2 below additive_eb, paired", metric="l2", ours=m, bar=(None, 0.0), **given))
-        rows.append(Row(task=f"{name}: WMSE below additive_eb, paired", metric="wmse", ours=m, bar=(None, 0.0), **given))
+    for m in models:  # the first was declared; with a bar for each, one of several tries would do
+        given = common | {"opponents": ("technical duplicate",), "ours": m} | ({"bar": (None, 0.0)} if m == first else {})
+        rows.append(Row(task=f"{name}: L2 of {m} less that of additive_eb", metric="l2", **given))
+        rows.append(Row(task=f"{name}: WMSE of {m} less that of additive_eb", metric="wmse", **given))
     pooled: dict[str, Any] = {
         "goal": "M6",
         "unit": unit,

@@ -195,7 +195,7 @@ def judge(row: Row, value: float, low: float, high: float) -> str:
     if not keeps(value):
         return "falls short"
     if np.isnan(low):
-        return "falls short: one world has no interval (the value keeps the bar)"
+        return "no verdict: the value keeps the bar, one world has no interval"
     return "stands" if keeps(low) and keeps(high) else "falls short: the value keeps the bar, its interval does not"
 
 
