@@ -20,7 +20,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -71,6 +71,7 @@ def benchmark(
     max_epochs: int | None = None,
     min_cells: int = 10,
     drop_targets: bool = True,
+    genes: Literal["expressed", "all"] = "expressed",
     n_permutations: int = 200,
     n_bootstrap: int = 1000,
     processes: int = 1,
@@ -93,6 +94,8 @@ def benchmark(
         max_epochs: of every fit; None: :func:`pyrocausal.report.default_epochs`.
         min_cells: held-out conditions with fewer are not scored.
         drop_targets: leave the genes that the scored conditions target out of metrics of means and intervals.
+        genes: that metrics of means are taken of: those that a tenth of the training controls have, or all; intervals are always scored on
+            the expressed ones, as silent genes are covered for free.
         n_permutations, n_bootstrap: of :func:`~pyrocausal.evaluate.score_panel`.
         processes: jobs at a time, each with one thread; above 1, call it under ``if __name__ == "__main__":`` in a script.
         progress: show a line for each job; by default, if standard error is a terminal. A function is given the line.
@@ -109,8 +112,10 @@ def benchmark(
     check_out(out)
     if processes < 1:
         raise DataError(f"processes={processes} was given; give how many jobs to run at a time, at least 1")
+    if genes not in ("expressed", "all"):
+        raise DataError(f"genes={genes!r} was given; it is 'expressed' or 'all'")
     metrics_of(tuple(presets), data.kind == "counts")
-    options = Options(tuple(presets), draws, cells, max_epochs, min_cells, drop_targets, n_permutations, n_bootstrap)
+    options = Options(tuple(presets), draws, cells, max_epochs, min_cells, drop_targets, genes, n_permutations, n_bootstrap)
     jobs = plan(data, models, splits, seeds, options)
     out.mkdir(parents=True, exist_ok=True)
     facts = {j.key: {"model": j.model, "split": j.split, "seed": j.seed, "unit": j.unit, "facts": dict(j.facts)} for j in jobs}

@@ -141,7 +141,7 @@ def _lost(failed: list[dict[str, Any]], table: pd.DataFrame, values: pd.DataFram
 
 def best_baselines(table: pd.DataFrame) -> pd.Series:
     """The baseline of the best mean over seeds, by (split, unit, metric); the first of the table among equals."""
-    own = table[(table["role"] == "baseline") & (table["metric"] != "")]
+    own = table[(table["role"] == "baseline") & ~table["metric"].isin(("", *NOT_TESTED))]
     mean = own.groupby(["split", "unit", "metric", "model"], sort=False)["value"].agg(lambda v: v.mean(skipna=False)).dropna().reset_index()
     mean["order"] = mean["model"].map({name: i for i, name in enumerate(dict.fromkeys(own["model"]))})
     higher = own.drop_duplicates("metric").set_index("metric")["higher"]

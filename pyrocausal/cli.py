@@ -145,6 +145,7 @@ def _benchmark(a: argparse.Namespace) -> int:
         presets=a.presets,
         min_cells=a.min_cells,
         drop_targets=not a.keep_targets,
+        genes=a.genes,
         processes=a.processes,
         progress=True,
         name=Path(a.screen).name,
@@ -266,6 +267,8 @@ def _parser() -> argparse.ArgumentParser:
     held.add_argument("--presets", nargs="+", default=suites, metavar="P", help=f"suites of metrics (default: {' '.join(suites)})")
     held.add_argument("--min-cells", type=_positive, default=10, metavar="N", help="least test cells of a condition (default: 10)")
     held.add_argument("--keep-targets", action="store_true", help="score the genes that the held-out conditions target as well")
+    genes = ("expressed", "all")
+    held.add_argument("--genes", default="expressed", choices=genes, help="those in a tenth of the training controls, or all")
     held.add_argument("--draws", type=_positive, default=200, metavar="N", help="posterior draws (default: 200)")
     held.add_argument("--epochs", type=_positive, metavar="N", help="passes over the cells (default: by size, 3,000 to 4,000 steps)")
     held.add_argument("--processes", type=_positive, default=1, metavar="N", help="fits at a time (default: 1)")

@@ -33,7 +33,7 @@ def moment_start(guide: Any, model: Any, x: Tensor, dose: Tensor, library_size: 
             (dose.T @ x + scale) / (dose.T @ library_size[:, None] + 1),
             (x[control].sum(0) + scale) / (library_size[control].sum() + 1),
         )
-        in_eta = (rate / base).log().clamp(-3, 3)
+        in_eta = (rate / base).log().clamp(-3, 3).nan_to_num(0.0)  # 0 / 0: a gene without a count in these cells
     else:
         in_eta = (dose.T @ x) / size - x[control].mean(0)
     if decoder.kind == "anchored":

@@ -31,9 +31,10 @@ FAST = {
     "cells": 2,
     "n_permutations": 9,
     "n_bootstrap": 50,
+    "genes": "all",
     "max_epochs": 1,
 }
-OPTIONS = Options(("mejia",), 20, 2, 1, 10, True, 0, 0)
+OPTIONS = Options(("mejia",), 20, 2, 1, 10, True, "all", 0, 0)
 
 
 def screen(cells: int, seed: int) -> pc.PerturbationData:
@@ -400,3 +401,12 @@ def test_on_the_command_line(small_screen: ad.AnnData, tmp_path: Path, capsys: p
     assert page.count("data:image/png") == 2 and "http" not in page and "What is admitted" in page
     assert main([*argv[:3], "nothing", *argv[4:]]) == 2
     assert capsys.readouterr().err.startswith("pyrocausal: there is no model 'nothing'")
+
+
+def test_a_gene_without_a_count_in_training_is_no_failure(data: pc.PerturbationData) -> None:
+    """It may be in the test cells; models start from data-dependent values."""
+    x = data.x.copy()
+    x[:, GENES - 1] = 0
+    model, guide = pc.build("sccvae", data, n_latent=3)
+    fit = pc.fit(model, guide, replace(data, x=x), max_epochs=1, progress=False)
+    assert np.isfinite(pc.effects(fit, "g00", draws=2, cells=2)["effect"]).all()
