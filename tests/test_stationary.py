@@ -18,7 +18,7 @@ from pyrocausal.dynamics.stationary import (
     stationary_mean,
     transient,
 )
-from pyrocausal.errors import DataError
+from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.loading import moment_batch
 from pyrocausal.simulate_sde import linear_sde_screen
 
@@ -172,3 +172,15 @@ def test_twins_of_another_system_have_its_law_and_the_joint_law_of_common_noise(
         got = z[:, block].T @ z[:, 6:] / n
         sd = ((S.diagonal()[block, None] * S.diagonal()[6:] + S[block, 6:] ** 2) / n).sqrt()
         assert bool(((got - S[block, 6:]).abs() < 5 * sd).all())
+
+
+@pytest.mark.parametrize("growth", [0.5, 1.0, 0.0])
+def test_a_system_that_a_clamp_leaves_unstable_is_refused_in_words(growth):
+    """Three genes whose middle one holds a runaway one in check: held, it no longer does."""
+    M = torch.tensor([[growth, 2.0, 0.0], [-2.0, -3.0, 0.0], [0.0, 0.0, -1.0]], dtype=torch.float64)
+    D = torch.ones(3, dtype=torch.float64)
+    assert bool((covariance_factor(M, D).diagonal() > 0).all())
+    clamp = torch.tensor([math.nan, 0.0, math.nan], dtype=torch.float64)
+    held, _, noise = hold(M, torch.zeros(1, 3, dtype=torch.float64), D, clamp)
+    with pytest.raises(PyrocausalError, match=r"not stable|no stationary law"):
+        covariance_factor(held, noise)

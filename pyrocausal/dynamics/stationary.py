@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.distributions import Independent, MultivariateNormal, Normal, constraints
 from torch.distributions.kl import register_kl
 
-from pyrocausal.dynamics.lyapunov import lyapunov, sylvester
-from pyrocausal.errors import DataError
+from pyrocausal.dynamics.lyapunov import lyapunov, spectral_abscissa, sylvester
+from pyrocausal.errors import DataError, PyrocausalError
 
 if TYPE_CHECKING:
     from pyrocausal.data import PerturbationData
@@ -145,10 +145,25 @@ def hold(drift: Tensor, production: Tensor, diffusion: Tensor, clamp: Tensor) ->
 
 
 def covariance_factor(drift: Tensor, diffusion: Tensor) -> Tensor:
-    """A lower triangular factor of the stationary covariance, [..., d, d]; genes without noise that nothing moves have zero rows."""
-    S = lyapunov(drift, diffusion)
-    still = torch.diag_embed((S.diagonal(dim1=-2, dim2=-1) <= 0).to(S.dtype))
-    return torch.linalg.cholesky(S + still) * (1 - still.sum(-1, keepdim=True))
+    """A lower triangular factor of the stationary covariance, [..., d, d]; genes without noise that nothing moves have zero rows.
+
+    Raises:
+        PyrocausalError: for a system without stationary law, such as one that a clamp has left unstable.
+    """
+    try:
+        S = lyapunov(drift, diffusion)
+        variance = S.diagonal(dim1=-2, dim2=-1)
+        still = torch.diag_embed((variance <= 0).to(S.dtype))
+        factor = torch.linalg.cholesky(S + still)
+        if bool((variance >= -1e-9 * variance.abs().amax()).all()):
+            return factor * (1 - still.sum(-1, keepdim=True))
+    except RuntimeError as error:  # a singular matrix; only some of them are a LinAlgError
+        if "linalg" not in str(error):
+            raise
+    raise PyrocausalError(
+        f"a system of {drift.shape[-1]} genes has no stationary law (largest real part of an eigenvalue "
+        f"{float(spectral_abscissa(drift).max()):.3g}); under a clamp the rest can be unstable, so ask for another, or for a shift"
+    )
 
 
 def transient(
