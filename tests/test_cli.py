@@ -83,7 +83,7 @@ def test_interrupt_keeps_what_was_fitted(
     request: pytest.FixtureRequest,
 ) -> None:
     module = sys.modules["pyrocausal.fit"]  # pyrocausal.fit is the function
-    original, epochs = module._epoch, []
+    original, epochs = module.run_epoch, []
 
     def interrupted(*arguments: object) -> object:
         epochs.append(1)
@@ -91,7 +91,7 @@ def test_interrupt_keeps_what_was_fitted(
             signal.raise_signal(signal.SIGINT)
         return original(*arguments)
 
-    monkeypatch.setattr(module, "_epoch", interrupted)
+    monkeypatch.setattr(module, "run_epoch", interrupted)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with it ignored
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     assert main(["fit", str(screen), "--out", str(tmp_path / "r"), "--epochs", "9", "--latent", "2"]) == INTERRUPTED
