@@ -14,6 +14,11 @@ ROOT = Path(__file__).resolve().parents[1]
 torch.set_num_threads(1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest tests first, so that no worker is left with one at the end."""
+    items.sort(key=lambda item: item.get_closest_marker("longest") is None)
+
+
 @pytest.fixture(scope="session")
 def small_screen() -> ad.AnnData:
     """Sparse counts: 150 perturbed cells (30 of each of 5 perturbations) and 40 control cells, 30 genes. Copy it before changing it."""

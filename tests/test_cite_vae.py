@@ -28,7 +28,7 @@ def mcc(u, v):
     return correlation[linear_sum_assignment(-correlation)].mean()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def fitted():
     adata = course_screen(cells_per_condition=250, seed=0)
     data = pc.PerturbationData.from_anndata(adata, time_key="time")
@@ -278,7 +278,7 @@ def test_the_polish_goes_on_where_gradient_steps_ended(fitted):
     _, data, fit = fitted
     steps = fit.history["elbo"]
     assert len(steps) == 101 and steps.iloc[-1] > steps.iloc[-2]  # the last row is the polish
-    model, guide = pc.build("cite_vae", data[::20], n_latent=2, n_invariant=2)
+    model, guide = pc.build("cite_vae", data[::20], n_latent=2, n_invariant=2, polish=100)
     small = pc.fit(model, guide, data[::20], max_epochs=20, lr=3e-2, kl_warmup=0.0)
     loss = ELBO().differentiable_loss(model, guide, moment_batch(data[::20], False, by_time=True)) / len(data[::20])
     assert abs(-float(loss.detach()) - small.history["elbo"].iloc[-1]) < 1e-9

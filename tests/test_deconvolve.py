@@ -180,7 +180,7 @@ def test_seed_and_interrupt(monkeypatch: pytest.MonkeyPatch) -> None:
 # -- both stages -------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.longest
 def test_two_stages_answer_as_a_fit_does() -> None:
     """Counts: effects of singles and of a pair correlate with the change of the cells' means at .95 or more, from both stages."""
     adata = linear_sde_screen(8, 3, degree=2, cells_per_perturbation=200, n_control=400, doubles=1, counts=True, library_size=300.0, seed=0)

@@ -338,6 +338,7 @@ def test_closed_form_of_target_and_penetrance_is_the_exact_posterior() -> None:
 # -- the toy of the discrepancy VAE ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.longest
 def test_the_chain_is_found_and_pairs_follow() -> None:
     """One row of ``benchmarks/sccvae.py chain``; the published fit of the toy has three wrong edges."""
     from pyrocausal import simulate_graph

@@ -155,7 +155,7 @@ def test_interrupt_keeps_what_was_fitted(monkeypatch: pytest.MonkeyPatch) -> Non
     assert len(losses) == 10 and not torch.equal(net.out.weight, start.out.weight)
 
 
-@pytest.mark.slow
+@pytest.mark.longest
 def test_learned_score_of_two_gaussian_conditions() -> None:
     """Within 5 % of the exact score in L2(p) at every level from .1 on, in control and perturbed cells."""
     g = torch.Generator().manual_seed(0)

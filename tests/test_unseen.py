@@ -175,6 +175,7 @@ def test_a_dose_curve_can_be_drawn(fit: pc.Fit, data: pc.PerturbationData) -> No
         plots.dose_curves(curve, "pert00", [])
 
 
+@pytest.mark.longest
 @pytest.mark.parametrize("likelihood", ["gaussian", "negative_binomial"])
 def test_the_own_gene_of_a_perturbation_is_hit_directly(likelihood: str) -> None:
     """Every second perturbation has its gene measured, and loses 1.5 on the decoder's scale there, beside what its program does."""
