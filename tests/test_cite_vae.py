@@ -285,7 +285,7 @@ def test_the_polish_goes_on_where_gradient_steps_ended(fitted):
 
 
 def test_the_bound_of_the_companion_paper():
-    """Its equations 54 and 59 by dense Gaussian algebra in (w, u), where ours is a bound in the exogenous noise: to 1e-8."""
+    """Its equations 54 and 59 by dense Gaussian algebra in (w, u), where ours is a bound in the exogenous noise, to a millionth."""
     data = pc.PerturbationData.from_anndata(_at_one_time(course_screen(cells_per_condition=10, n_perturbations=3, n_genes=7, seed=1)))
     model, guide = pc.build("perturbed_vae", data, n_latent=3, n_invariant=2)
     with torch.random.fork_rng():
