@@ -13,7 +13,8 @@ path so far (:mod:`pyrocausal.dynamics.walk`); times that were not seen have gue
 nothing open: q is a point.
 
 ``alignment`` pulls the encoder's w of treated and control cells together (the companion paper's fourth equation): ``"cells"`` for random
-pairs, as published, which also pays for the spread of w within a group; ``"means"`` for the means of the two groups.
+pairs, as published, which also pays for the spread of w within a group; ``"means"`` for the means of the two groups; ``"unit"`` for what a
+unit shows later and what it showed first, which is the same w indeed.
 
 Programs start from the principal axes of the expression, turned at random; ``fit(restarts=...)`` tries several turns. Counts and networks
 start from a linear fit to the principal components.
@@ -71,7 +72,7 @@ class CITEVAE(PyroModule):
         decoder: Literal["linear", "mlp"] = "linear",
         penetrance: Literal["full", "learned"] = "full",
         alignment: float = 0.0,
-        aligned: Literal["means", "cells"] = "means",
+        aligned: Literal["means", "cells", "unit"] = "means",
         n_encoder: int = 128,
         polish: int = 1000,
     ) -> None:
@@ -80,10 +81,10 @@ class CITEVAE(PyroModule):
         self.exact = (decoder == "linear" and likelihood == "gaussian" and not networks) or likelihood == "flow"
         self.alignment, self.aligned, self.walks = alignment, aligned, networks
         self.starts = not self.exact or (likelihood == "flow" and not networks)  # from a linear fit
-        if alignment and (self.exact or aligned not in ("means", "cells")):
+        if alignment and (self.exact or aligned not in ("means", "cells", "unit")):
             raise PyrocausalError(
                 f"alignment={alignment} with aligned={aligned!r} was given; it is for pairs with an encoder (counts or networks), and "
-                "aligns 'means' or 'cells'"
+                "aligns 'means', 'cells' or 'unit'"
             )
         self.settled, self.polish = ANNEALED, polish
         self.learning_rates = {"target_logits": 3.0} | ({"penetrance_logits": 3.0} if penetrance == "learned" else {})
@@ -129,7 +130,9 @@ class CITEVAE(PyroModule):
         if self.exact:
             return posterior(model.sight_of(mechanism, course, look), x if model.warp is None else model.warp(x)[0], model.observation)
         value, log_v = self.glimpse(x)
-        if batch.partner is not None and self.alignment:
+        if self.alignment and self.aligned == "unit":
+            self._align_units(value, look)
+        elif self.alignment and batch.partner is not None:
             self._align(value, batch.partner.to(x.dtype), look)
         if not self.walks:
             return glimpsed(model.sight_of(mechanism, course, look), value, log_v.exp())
@@ -170,6 +173,14 @@ class CITEVAE(PyroModule):
         off = off.mean(0, keepdim=True).expand_as(off) if self.aligned == "means" else off
         pyro.factor("alignment", self.alignment * off.square().sum(-1), has_rsample=True)
 
+    def _align_units(self, value: Tensor, look: Tensor) -> None:
+        """The same for w of every later glimpse of a unit and of its first."""
+        w = value[..., : self.model.n_invariant]
+        first = torch.where(look < 0, len(self.model.times), look).argmin(-1)
+        reference = w.gather(1, first[:, None, None].expand(-1, 1, w.shape[-1]))
+        off = (w - reference).square().sum(-1) * (look >= 0)
+        pyro.factor("alignment", self.alignment * off.sum(-1), has_rsample=True)
+
     @torch.no_grad()
     def _taken(self, batch: Batch) -> Tensor:
         """Probability that each perturbation took in each cell given what was seen, [n, P]."""
@@ -189,7 +200,7 @@ class CITEVAE(PyroModule):
     def meet(self, model: Any) -> None:
         """The guide reads the model's mechanism, whose parameters stay the model's; alignment needs control cells beside the others."""
         self._model = [model]
-        if self.alignment:
+        if self.alignment and self.aligned != "unit":
             model.batching = "condition"
 
     def initialise(self, model: Any, data: PerturbationData) -> None:
@@ -201,6 +212,8 @@ class CITEVAE(PyroModule):
         if np.max(off) > 1e-3 * max(1.0, float(np.abs(known).max())):
             strange = times[np.argmax(off)]  # type: ignore[index]
             raise DataError(f"the screen has cells at time {strange:g}, the model has {known.tolist()}; build it with times=")
+        if self.alignment and self.aligned == "unit" and data.path is None:
+            raise DataError("aligned='unit' was given for cells that are seen once; name the units by unit_key=, or align 'means'")
         normal = data.log_normalised() if data.kind == "counts" else data
         x, control = _seen(normal)
         centred, m = x - x.mean(0), len(model.loadings)
@@ -278,10 +291,15 @@ class CITEVAE(PyroModule):
         return start
 
     def after_training(self, model: Any, data: PerturbationData, seed: int, progress: bool) -> float | None:
-        """The bound of moments has no noise, so that quasi-Newton steps finish what gradients began."""
-        if model.batching != "moments" or not data.complete or self.polish == 0:
+        """A bound in closed form has no noise, so that quasi-Newton steps finish what gradients began: on the moments of the conditions,
+        or on all cells where their law is not Gaussian."""
+        if not model.collapses or self.polish == 0:
             return None
-        batch = moment_batch(data, model.pooled, device=model.times.device, by_time=True)
+        device = model.times.device
+        if model.batching == "moments" and data.complete:
+            batch = moment_batch(data, model.pooled, device=device, by_time=True)
+        else:
+            batch = replace(data.batch(device=device), collapsed=True)
         return polish(model, self, batch, self.polish, progress)
 
     def after_step(self, model: Any, batch: Batch, done: float) -> None:
