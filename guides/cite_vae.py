@@ -48,6 +48,7 @@ from pyrocausal.units import frames
 EXTRA = 10  # principal components beyond as many as there are programs and invariant coordinates, for the noise
 STEPS = 150  # of the linear start, before as many of the polish
 FINAL = 0.1  # temperature of learned targets at the end
+HELD, PART = 2e8, 4096  # values of expression that the polish holds at most, and cells in each part of them
 ANNEALED = 0.6  # share of the training after which it is reached
 
 
@@ -57,7 +58,7 @@ class CITEVAE(PyroModule):
     Args:
         n_encoder: width of the encoder, of two layers.
         alignment, aligned: weight and kind of the penalty on w of treated and control cells.
-        polish: quasi-Newton steps after the training, of pairs that are trained on the moments of conditions.
+        polish: quasi-Newton steps after the training, of pairs whose bound is in closed form; none above 2e8 values of expression.
     """
 
     def __init__(
@@ -293,14 +294,16 @@ class CITEVAE(PyroModule):
     def after_training(self, model: Any, data: PerturbationData, seed: int, progress: bool) -> float | None:
         """A bound in closed form has no noise, so that quasi-Newton steps finish what gradients began: on the moments of the conditions,
         or on all cells where their law is not Gaussian."""
+        device, frames = model.times.device, 1 if data.path is None else data.path.shape[1]
         if not model.collapses or self.polish == 0:
             return None
-        device = model.times.device
         if model.batching == "moments" and data.complete:
-            batch = moment_batch(data, model.pooled, device=device, by_time=True)
-        else:
-            batch = replace(data.batch(device=device), collapsed=True)
-        return polish(model, self, batch, self.polish, progress)
+            return polish(model, self, [moment_batch(data, model.pooled, device=device, by_time=True)], self.polish, progress)
+        if len(data) * frames * len(data.genes) > HELD:
+            return None
+        parts = np.array_split(np.arange(len(data)), -(-len(data) // PART))
+        batches = [replace(data.batch(rows, n_total=len(data), device=device), collapsed=True) for rows in parts]
+        return polish(model, self, batches, self.polish, progress)
 
     def after_step(self, model: Any, batch: Batch, done: float) -> None:
         """Learned targets sharpen, unless they have at the start."""

@@ -1,12 +1,13 @@
 """The last stretch of a training whose objective has no noise: quasi-Newton steps, where gradient steps crawl along a valley.
 
-For pairs that are trained on the moments of conditions with a bound in closed form, limited-memory BFGS with a strong Wolfe line search
-(Nocedal and Wright 2006, chapter 7) goes on from where Adam stopped.
+For pairs whose bound is in closed form (on the moments of conditions, or with the state of each cell integrated out), limited-memory BFGS
+with a strong Wolfe line search (Nocedal and Wright 2006, chapter 7) goes on from where Adam stopped.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,12 +20,15 @@ CHUNK = 20  # iterations between looks at the bar
 SMALL = 1e-7  # nats per cell in a chunk, below which it has converged
 
 
-def polish(model: Any, guide: Any, batch: Batch, steps: int, progress: bool = False) -> float:
-    """Maximise the bound of a moment batch over all parameters, in place; nats per cell at the end.
+def polish(model: Any, guide: Any, batches: Sequence[Batch], steps: int, progress: bool = False) -> float:
+    """Maximise the bound over all parameters, in place; nats per cell at the end.
+
+    Args:
+        batches: the whole of the data, in parts whose gradients are summed: one moment batch, or cells.
 
     Steps that do not improve the bound are taken back, and so are those of a chunk that is interrupted.
     """
-    bound, parameters = ELBO(), [p for part in (model, guide) for p in part.parameters() if p.requires_grad]
+    parameters = [p for part in (model, guide) for p in part.parameters() if p.requires_grad]
     optimiser = torch.optim.LBFGS(
         parameters,
         max_iter=CHUNK,
@@ -37,16 +41,14 @@ def polish(model: Any, guide: Any, batch: Batch, steps: int, progress: bool = Fa
 
     def loss() -> torch.Tensor:
         optimiser.zero_grad()
-        value = bound.differentiable_loss(model, guide, batch) / batch.n_total
-        value.backward()
-        return value
+        return backward(model, guide, batches)
 
-    best, kept = float(loss().detach()), [p.detach().clone() for p in parameters]
+    best, kept = float(loss()), [p.detach().clone() for p in parameters]
     bar = tqdm(total=steps, desc="polish", unit="step", disable=not (progress and sys.stderr.isatty()))
     try:
         for _ in range(0, steps, CHUNK):
             optimiser.step(loss)
-            now = float(loss().detach())
+            now = float(loss())
             bar.update(CHUNK)
             bar.set_postfix_str(f"elbo {-now:.3f}")
             if not now < best:
@@ -62,4 +64,15 @@ def polish(model: Any, guide: Any, batch: Batch, steps: int, progress: bool = Fa
     return -best
 
 
-__all__ = ["polish"]
+def backward(model: Any, guide: Any, batches: Sequence[Batch]) -> torch.Tensor:
+    """The negative bound of all batches, in nats per cell; its gradient is added to that of the parameters."""
+    bound, n = ELBO(), sum(len(b) for b in batches)
+    parts = []
+    for batch in batches:  # each scales its cells to the whole, and has the global terms
+        part = bound.differentiable_loss(model, guide, batch) / batch.n_total * (len(batch) / n)
+        part.backward()
+        parts.append(part.detach())
+    return torch.stack(parts).sum()
+
+
+__all__ = ["backward", "polish"]
