@@ -18,6 +18,7 @@ import argparse
 import os
 import time
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -282,11 +283,11 @@ def kouno(args: argparse.Namespace) -> None:
             "interpolation": (mixture, (1 - share) * low.mean(0) + share * high.mean(0)),
             "nearest time": (nearest, nearest.mean(0)),
         }
-        for transition in ("ou", "steps"):
-            model, guide = pc.build("cite_vae", train, n_latent=4, n_invariant=4, times=times, transition=transition, weights="free")
+        for weights, transition in product(args.weights, ("ou", "steps")):
+            model, guide = pc.build("cite_vae", train, n_latent=4, n_invariant=4, times=times, transition=transition, weights=weights)
             fit = pc.fit(model, guide, train, max_epochs=200, lr=1e-1, kl_warmup=0.0, restarts=args.restarts, progress=False)
             cells = population(fit, held, len(truth))
-            found[f"cite_vae, {transition}"] = (cells, population(fit, held, 4000).mean(0))
+            found[f"cite_vae, {weights}, {transition}"] = (cells, population(fit, held, 4000).mean(0))
         for name, (cells, mean) in found.items():
             error = float(np.sqrt(((mean - truth.mean(0)) ** 2).mean()))
             rows.append({"time": held, "method": name, "energy distance": energy(cells, truth), "error of means": error})
@@ -323,6 +324,8 @@ def main() -> None:
         each.set_defaults(run=run)
         each.add_argument("--restarts", type=int, default=restarts)
         each.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+        if run is kouno:
+            each.add_argument("--weights", nargs="+", default=["gated", "free"])
         if run is snapshots:
             each.add_argument("--learned", action="store_true")
     args = parser.parse_args()
