@@ -25,9 +25,10 @@ import xarray as xr
 from scipy import stats
 
 import pyrocausal as pc
-from pyrocausal.duplicates import halves, interpolated_duplicate, technical_duplicate
+from pyrocausal.duplicates import interpolated_duplicate, technical_duplicate
 from pyrocausal.evaluate import measured_effects
 from pyrocausal.interventions import parse
+from pyrocausal.splits import halves
 
 NAMES = ["control", "mean_perturbed", "matching_mean", "additive", "additive_eb", "linear_embedding"]
 TAIL = 0.05

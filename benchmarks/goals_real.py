@@ -26,10 +26,11 @@ from goals_table import Records, Row, Unit, attempt
 from scipy import stats
 
 import pyrocausal as pc
-from pyrocausal.duplicates import halves, interpolated_duplicate, technical_duplicate
+from pyrocausal.duplicates import interpolated_duplicate, technical_duplicate
 from pyrocausal.evaluate import crps, de_weights, interval_score, measured_effects, weighted_mse
 from pyrocausal.interactions import call_interactions, pair_tests
 from pyrocausal.interventions import parse
+from pyrocausal.splits import halves
 
 FILE = "norman2019_k562_crispra_hvg500.h5ad"
 MODELLED = 0.02  # least mean of a gene in the training cells for linear_lcd

@@ -29,7 +29,7 @@ import numpy as np
 import pandas as pd
 
 from pyrocausal.data import PerturbationData
-from pyrocausal.duplicates import halves, interpolated_duplicate
+from pyrocausal.duplicates import interpolated_duplicate
 from pyrocausal.errors import DataError, InterventionError, nearest
 from pyrocausal.evaluate import _totals
 from pyrocausal.fit import Fit
@@ -39,7 +39,7 @@ from pyrocausal.metrics.means import Array, dense
 from pyrocausal.metrics.panel import Entry, Mask, Panel, Side, _rest_test, normalised
 from pyrocausal.metrics.scores import _LOG, PRESETS, Metric, _parts, _punished, score_panel
 from pyrocausal.query import effects, interventional
-from pyrocausal.splits import Split
+from pyrocausal.splits import Split, halves
 
 EXPRESSED = 0.1  # least share of training controls with a count
 LEVEL = 0.9  # of intervals

@@ -1,7 +1,8 @@
 """What a repetition of the experiment would predict: not models, but functions of data, and the scale on which models are read.
 
-:func:`halves` splits a screen into two experiments without a common cell; the duplicate of one is scored on the other. The technical
-duplicate is no upper bound: with few cells a denoiser beats it. The interpolated duplicate trades what it cannot tell for the mean.
+:func:`pyrocausal.splits.halves` splits a screen into two experiments without a common cell; the duplicate of one is scored on the other.
+The technical duplicate is no upper bound: with few cells a denoiser beats it. The interpolated duplicate trades what it cannot tell for
+the mean.
 """
 
 from __future__ import annotations
@@ -13,21 +14,9 @@ from scipy import stats
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError
 from pyrocausal.evaluate import _p_value, _totals, measured_effects
+from pyrocausal.metrics.panel import interpolated_duplicate as keep_quiet
 
 ATTRS = {"rung": "duplicate"}
-
-
-def halves(data: PerturbationData, seed: int = 0) -> tuple[PerturbationData, PerturbationData]:
-    """Two random halves of the cells of every condition, the control included; conditions of fewer than four cells are left out."""
-    rng = np.random.default_rng(seed)
-    part = np.full(len(data), -1)
-    for condition in data.conditions:
-        members = rng.permutation(np.flatnonzero(data.labels == condition))
-        if len(members) >= 4:
-            part[members] = np.arange(len(members)) % 2
-    if not (part == 0).any():
-        raise DataError(f"none of the {len(data.conditions)} conditions has four cells; halves need two for each")
-    return data[part == 0], data[part == 1]
 
 
 def technical_duplicate(half: PerturbationData) -> xr.Dataset:
@@ -56,9 +45,9 @@ def interpolated_duplicate(half: PerturbationData) -> xr.Dataset:
         a, b = (_totals(half, np.flatnonzero(rows)) for rows in (own, perturbed & ~own))
         p_values.append(_p_value(a, b, half.kind == "counts"))
     adjusted = stats.false_discovery_control(np.nan_to_num(np.stack(p_values), nan=1.0), axis=1)
-    mean = duplicate["effect"].mean("intervention")
-    out = duplicate.assign(effect=(duplicate["effect"] - mean) * (1 - adjusted) + mean)
-    return out.assign_attrs(duplicate.attrs | {"duplicate": "interpolated"})
+    effect = duplicate["effect"]
+    mixed = keep_quiet(effect.to_numpy(), effect.mean("intervention").to_numpy(), adjusted)
+    return duplicate.assign(effect=(effect.dims, mixed)).assign_attrs(duplicate.attrs | {"duplicate": "interpolated"})
 
 
 def _baseline(data: PerturbationData) -> np.ndarray:

@@ -23,6 +23,7 @@ from scipy import stats
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, nearest
 from pyrocausal.metrics import *  # noqa: F403
+from pyrocausal.splits import halves
 
 Array = NDArray[np.float64]
 BASELINES = ("control", "mean", "additive", "train")
@@ -149,13 +150,8 @@ def split_half(data: PerturbationData, seed: int = 0) -> pd.DataFrame:
     Conditions of fewer than four cells are left out. Each half has twice the sampling variance of all cells, so that the mean squared
     difference is four times that of all cells about the truth (a perfect prediction scored on one half has half of this ``mse``).
     """
-    rng = np.random.default_rng(seed)
-    half = np.full(len(data), -1)
-    for condition in data.conditions:
-        members = rng.permutation(np.flatnonzero(data.labels == condition))
-        if len(members) >= 4:
-            half[members] = np.arange(len(members)) % 2
-    return score_effects(measured_effects(data[half == 0]), measured_effects(data[half == 1]))
+    a, b = halves(data, seed)
+    return score_effects(measured_effects(a), measured_effects(b))
 
 
 class _Totals(NamedTuple):

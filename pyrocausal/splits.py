@@ -169,6 +169,23 @@ def leaks(given: Split, data: PerturbationData) -> list[str]:
     return found
 
 
+def halves(data: PerturbationData, seed: int = 0) -> tuple[PerturbationData, PerturbationData]:
+    """Two random halves of the cells of every condition, the control included; conditions of fewer than four cells are left out.
+
+    Raises:
+        DataError: if no condition has four cells.
+    """
+    rng = np.random.default_rng(seed)
+    part = np.full(len(data), -1)
+    for condition in data.conditions:
+        members = rng.permutation(np.flatnonzero(data.labels == condition))
+        if len(members) >= 4:
+            part[members] = np.arange(len(members)) % 2
+    if not (part == 0).any():
+        raise DataError(f"none of the {len(data.conditions)} conditions has four cells; halves need two for each")
+    return data[part == 0], data[part == 1]
+
+
 # -- parts ---------------------------------------------------------------------------------------------------------------------
 
 

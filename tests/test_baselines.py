@@ -17,10 +17,11 @@ from scipy import stats
 import pyrocausal as pc
 from pyrocausal import closed_form as cf
 from pyrocausal.collection import ENTRIES
-from pyrocausal.duplicates import halves, interpolated_duplicate, technical_duplicate
+from pyrocausal.duplicates import interpolated_duplicate, technical_duplicate
 from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.evaluate import _p_value, _totals, baseline_effects, measured_effects
 from pyrocausal.graph_baselines import coefficient_scores, de_scores, sqrt_coefficient_de
+from pyrocausal.splits import halves
 
 BASELINES = [name for name, entry in ENTRIES.items() if entry.model == "Baseline"]
 LABELS = ["control"] * 40 + ["g0"] * 25 + ["g1"] * 30 + ["g3"] * 20 + ["q"] * 15 + ["g0+g1"] * 10 + ["g2+q"] * 8

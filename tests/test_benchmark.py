@@ -18,9 +18,8 @@ from pyrocausal.benchmark_paired import LEVEL_WITH, LOSES, WINS, best_baselines,
 from pyrocausal.benchmark_run import BASELINES, DUPLICATES
 from pyrocausal.benchmark_score import Options, ask, judge, score
 from pyrocausal.cli import main
-from pyrocausal.duplicates import halves
 from pyrocausal.errors import PyrocausalError
-from pyrocausal.splits import split
+from pyrocausal.splits import halves, split
 
 N, GENES = 12, 40
 SPLIT = {"by": "cells", "test": 0.5}
