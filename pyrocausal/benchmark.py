@@ -88,8 +88,9 @@ def benchmark(
         splits: arguments of :func:`pyrocausal.splits.split`, for each split.
         seeds: for each, a split, a fit and a row.
         out: folder; what an earlier run finished there is not run again.
-        presets: of ``evaluate.PRESETS``; ``l2``, ``crps``, ``interval_score`` and ``coverage`` are always there. Those of metrics of cells
-            (``"scperturb"``, ``"scperteval"``, ``"vcc2025"``, ``"vcc2026"``) sample cells, and take longer.
+        presets: of ``evaluate.PRESETS``; ``l2``, ``crps``, ``interval_score`` and ``coverage`` (the two also by stratum of genes) are
+            always there. Those of metrics of cells (``"scperturb"``, ``"scperteval"``, ``"vcc2025"``, ``"vcc2026"``) sample cells, and
+            take longer.
         draws, cells: of :func:`pyrocausal.effects`.
         max_epochs: of every fit; None: :func:`pyrocausal.report.default_epochs`.
         min_cells: held-out conditions with fewer are not scored.

@@ -29,7 +29,7 @@ LEVEL = 0.05
 EXACT = 13  # most conditions of which all flips of signs are gone through
 FLIPS, RESAMPLES = 9999, 2000
 WINS, LOSES, LEVEL_WITH = "wins", "loses", "not distinguishable"
-NOT_TESTED = ("coverage",)  # neither high nor low is better
+NOT_TESTED = ("coverage", "coverage_responsive", "coverage_quiet")  # neither high nor low is better
 COLUMNS = ["model", "role", "split", "unit", "seed", "metric", "convention", "higher", "n", "n_failed", "value", "b", "r", "s", "null",
            "null_p", "low", "high", "s_low", "s_high", "drf", "bds", "admitted", "status", "note"]  # fmt: skip
 SHARED = ("convention", "higher", "b", "r", "drf", "bds", "admitted", "best", "worst")  # of a metric, whatever the model

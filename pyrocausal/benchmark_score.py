@@ -17,7 +17,8 @@ prediction share. Where the held-out cells are of other batches or times, levels
 Targets of the panel's perturbations are left out of levels, changes and laws for all of them (``drop_targets``), and so are genes that are
 not expressed, which fewer than a tenth of the training controls have: of laws always, of levels and changes if ``genes="expressed"``. (On
 the scale of logarithms of means, a gene with a handful of counts in a condition is noise of the size of one unit, and there are many.)
-Draws of the replicate are ``Normal(y_p,B, se_p,B^2)``, of the baseline ``Normal(mean, sd^2)`` over training conditions.
+Draws of the replicate are ``Normal(y_p,B, se_p,B^2)``, of the baseline ``Normal(mean, sd^2)`` over training conditions. Intervals are
+also scored by stratum: of the genes that respond (a quarter, whose means spread most over the training conditions) and of the quiet ones.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from pyrocausal.splits import Split, halves
 
 EXPRESSED = 0.1  # least share of training controls with a count
 LEVEL = 0.9  # of intervals
+RESPONSIVE = 0.25  # share of the genes that respond
 Cells: TypeAlias = dict[str, tuple[Array, ...]]
 CHANGES = {"pearson_ctrl", "cosine", "rank_cosine", "pds_l1", "r2_w_ctrl"}  # metrics of changes from control
 SCALE = "log1p of CP10k of the mean"
@@ -199,7 +201,9 @@ def judge(data: PerturbationData, split: Split, options: Options, seed: int) -> 
         "changes": (panel(kept, changes, anchor, anchor + steps["baseline"][0]), wanted["changes"]),
     }
     if expressed.any():
-        panels["laws"] = (panel(expressed, levels, base, reference, laws), _law_metrics(true.se[:, expressed], options.draws, seed + 4))
+        most = spread[expressed] >= np.quantile(spread[expressed], 1 - RESPONSIVE)
+        metrics = _law_metrics(true.se[:, expressed], {"responsive": most, "quiet": ~most}, options.draws, seed + 4)
+        panels["laws"] = (panel(expressed, levels, base, reference, laws), metrics)
     if wanted["cells"]:
         panels["cells"] = (_cell_panel(panel, levels, base, reference, cells_of, pool, training, counts, seed), wanted["cells"])
     return Judge(names, panels, kept, expressed, anchor, moved, said)
@@ -301,8 +305,8 @@ def _normal(mean: Array, sd: Array, draws: int, seed: int) -> Array:
     return np.asarray(mean[:, None] + sd[:, None] * noise)
 
 
-def _law_metrics(se: Array, draws: int, seed: int) -> tuple[Metric, ...]:
-    """Of draws of profiles, widened by the error ``se`` [P, n_genes] of the truth."""
+def _law_metrics(se: Array, strata: dict[str, Mask], draws: int, seed: int) -> tuple[Metric, ...]:
+    """Of draws of profiles, widened by the error ``se`` [P, n_genes] of the truth; of intervals also by stratum of genes."""
     noise = se[:, None] * np.random.default_rng(seed).standard_normal((len(se), draws, se.shape[1]))
     tail = (1 - LEVEL) / 2
 
@@ -317,24 +321,28 @@ def _law_metrics(se: Array, draws: int, seed: int) -> tuple[Metric, ...]:
         low, high = np.quantile(x, [tail, 1 - tail], axis=0)
         return intervals.coverage(low, high, y)
 
-    def by_pair(name: str, function: Any) -> Any:
+    def by_pair(name: str, function: Any, genes: Any = slice(None)) -> Any:
         def parts(side: Side, true: Side, panel: Panel) -> Array:
             out = np.empty(len(side.order))
             for row, source in enumerate(side.order):
                 key = (name, int(source), row)
                 if key not in side.memo:
-                    side.memo[key] = function(side.cells[row] + noise[row], true.means[row])
+                    side.memo[key] = function((side.cells[row] + noise[row])[:, genes], true.means[row][genes])
                 out[row] = side.memo[key]
             return out
 
         return parts
 
     said = f"draws of the profile with the truth's sampling error, genes in {EXPRESSED:.0%} of training controls"
-    return (
-        Metric("crps", f"fair; {said}", by_pair("crps", crps), 0, np.nan, False, "cells"),
-        Metric("interval_score", f"{LEVEL:.0%} interval; {said}", by_pair("interval_score", interval), 0, np.nan, False, "cells"),
-        Metric("coverage", f"{LEVEL:.0%} interval; {said}", by_pair("coverage", covered), LEVEL, 0, True, "cells"),
-    )
+    out = [Metric("crps", f"fair; {said}", by_pair("crps", crps), 0, np.nan, False, "cells")]
+    for name, genes in {"": slice(None), **{f"_{k}": v for k, v in strata.items() if v.any()}}.items():
+        here = f"{LEVEL:.0%} interval; {said}" + (f", the {name[1:]} ones" if name else "")
+        widths, share = (
+            by_pair(f"{kind}{name}", function, genes) for kind, function in (("interval_score", interval), ("coverage", covered))
+        )
+        out.append(Metric(f"interval_score{name}", here, widths, 0, np.nan, False, "cells"))
+        out.append(Metric(f"coverage{name}", here, share, LEVEL, 0, True, "cells"))
+    return tuple(out)
 
 
 def _cell_panel(

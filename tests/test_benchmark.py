@@ -112,7 +112,7 @@ def test_a_copy_of_the_best_baseline_does_not(result: pc.Benchmark) -> None:
         twins = [f[f["model"] == name].assign(model="twin", role="model") for f in (result.table, each)]
         found = paired_table(pd.concat([result.table, twins[0]]), pd.concat([each, twins[1]]))
         found = found[found["model"] == "twin"]
-        assert len(found) == 7 and (found["verdict"] != WINS).all()
+        assert len(found) == 9 and (found["verdict"] != WINS).all()
         tied = found[found["baseline"] == name]
         assert (tied["difference"] == 0).all() and (tied["verdict"] == LEVEL_WITH).all()
 
@@ -153,15 +153,27 @@ def test_baselines_and_duplicates_are_always_there(result: pc.Benchmark) -> None
 
 
 def test_the_scale_and_its_anchors(result: pc.Benchmark) -> None:
-    table = result.table[result.table["metric"] != "coverage"]
+    shares = result.table["metric"].str.startswith("coverage")
+    table = result.table[~shares]
     known = table["s"].notna()
     s = (table["value"] - table["b"]) / (table["r"] - table["b"])
     np.testing.assert_allclose(table["s"][known], s[known], rtol=1e-12)
     twin = table[(table["model"] == "technical_duplicate")]
     np.testing.assert_allclose(twin["value"], twin["r"], rtol=1e-12)
-    assert not result.table.loc[result.table["metric"] == "coverage", "admitted"].any()
+    assert shares.any() and not result.table.loc[shares, "admitted"].any()
     for _, rows in table.groupby("metric"):  # one panel for all models
         assert rows[["b", "r", "drf", "bds"]].nunique(dropna=False).eq(1).all()
+
+
+def test_strata_of_genes_make_up_the_whole(result: pc.Benchmark) -> None:
+    """One share of responsive genes, the same for every model and both metrics, joins the strata; genes that respond are harder."""
+    value = result.table[result.table["status"] == "ok"].pivot_table(index="model", columns="metric", values="value")
+    for metric in ("coverage", "interval_score"):
+        whole, some, rest = (value[m] for m in (metric, f"{metric}_responsive", f"{metric}_quiet"))
+        share = ((whole - rest) / (some - rest))[(some - rest).abs() > 1e-6]
+        np.testing.assert_allclose(share, share.iloc[0], rtol=1e-6)
+        assert 0.25 - 1e-6 < share.iloc[0] < 0.3
+    assert value.loc["control", "interval_score_responsive"] > value.loc["control", "interval_score_quiet"]
 
 
 def test_l2_by_hand(result: pc.Benchmark, data: pc.PerturbationData) -> None:
