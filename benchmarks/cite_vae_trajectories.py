@@ -241,42 +241,56 @@ def seen_through(adata: ad.AnnData, x: Array, k: int) -> ad.AnnData:
 
 
 def alignment(args: argparse.Namespace) -> None:
-    """Static, 12 perturbations, 3,000 cells and 1,000 for the test, 100 genes: R2 of w with and without the penalty. Beside it what a
-    regression that is shown the true w of the training cells finds, and the paired design, where units show w before and after."""
+    """Static, 12 perturbations, 3,000 cells and 1,000 for the test, 100 genes: R2 of w with and without the penalty, from random starts (as
+    published) and from a linear fit. Beside it a regression that is shown the true w of the training cells, and the paired design, where
+    units show w before and after."""
+    published = {"start": "random"}
+    ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
+        "linear": [
+            ("random start", published),
+            ("random start, cells", published | {"alignment": 1.0, "aligned": "cells"}),
+            ("random start, means", published | {"alignment": 100.0, "aligned": "means"}),
+            ("linear start", {}),
+            ("linear start, means", {"alignment": 100.0, "aligned": "means"}),
+        ],
+        "leaky": [
+            ("linear start", {}),
+            ("linear start, means", {"alignment": 100.0, "aligned": "means"}),
+            ("units", {}),
+            ("units, unit", {"alignment": 10.0, "aligned": "unit"}),
+        ],
+    }
     for seed in args.seeds:
         for mixing in ("linear", "leaky"):
-            units = course_screen(4, 7, times=2, cells_per_condition=308, n_genes=100, mixing=mixing, trajectories=True, seed=seed)
-            cells = course_screen(4, 7, times=2, cells_per_condition=308, n_genes=100, mixing=mixing, seed=seed)
+            settings = {"times": 2, "cells_per_condition": 308, "n_genes": 100, "mixing": mixing, "seed": seed}
+            units, cells = course_screen(4, 7, trajectories=True, **settings), course_screen(4, 7, **settings)
             cells = cells[(cells.obs["time"] == 1).to_numpy()].copy()
-            once = pc.PerturbationData.from_anndata(cells)
             found = {}
-            for name, data, truth, settings in (
-                ("none", once, cells.obsm["w"], {}),
-                ("cells", once, cells.obsm["w"], {"alignment": 1.0, "aligned": "cells"}),
-                ("means", once, cells.obsm["w"], {"alignment": 1.0, "aligned": "means"}),
-                ("units, none", units_of(units), None, {}),
-                ("units", units_of(units), None, {"alignment": 1.0, "aligned": "unit"}),
-            ):
+            for name, more in ways[mixing]:
+                paired = name.startswith("units")
+                data = units_of(units) if paired else pc.PerturbationData.from_anndata(cells)
+                truth = truth_of(units, data, "w")[:, 0] if paired else cells.obsm["w"]
                 train, test = data.split("cells", test=0.25, seed=seed)
-                model = "cite_vae" if "units" in name else "perturbed_vae"
-                model, guide = pc.build(model, train, n_latent=4, n_invariant=7, decoder="mlp", weights="free", **settings)
+                shown, hidden = (truth[data.cells.get_indexer(part.cells)].astype(float) for part in (train, test))
+                entry = "cite_vae" if paired else "perturbed_vae"
+                model, guide = pc.build(entry, train, n_latent=4, n_invariant=7, decoder="mlp", weights="free", **more)
                 fit = pc.fit(model, guide, train, max_epochs=args.epochs, lr=3e-3, validation=0.1, progress=False)
                 with torch.no_grad():
                     w = fit.guide.glimpse(torch.as_tensor(test.dense(np.float64)))[0][:, :7].numpy()
-                truth = truth_of(units, data, "w")[:, 0] if truth is None else truth
-                found[name] = block(truth[data.cells.get_indexer(test.cells)].astype(float), w)
-                if name == "none":
-                    shown = truth[data.cells.get_indexer(train.cells)]
-                    oracle = MLPRegressor((128, 128), early_stopping=True, max_iter=300, random_state=0)
+                found[name] = block(hidden, w)
+                if name == "linear start":
                     scale = StandardScaler().fit(train.dense())
+                    oracle = MLPRegressor(hidden_layer_sizes=(128, 128), early_stopping=True, max_iter=300, random_state=0)
                     oracle.fit(scale.transform(train.dense()), shown)
-                    known = oracle.score(scale.transform(test.dense()), truth[data.cells.get_indexer(test.cells)])
+                    known = oracle.score(scale.transform(test.dense()), hidden)
             print(f"seed {seed}, {mixing} mixing: R2 of w " + ", ".join(f"{k} {v:.3f}" for k, v in found.items()))
-            print(f"  a network that is shown w of the training cells: {known:.3f}")
-            best = max(found["cells"], found["means"], found["units"])
-            report("invariant state with alignment, R2", best, ">= .90", best >= 0.90)
-            gain = best - found["none"]
-            report("gain over none", gain, ">= .15", gain >= 0.15)
+            print(f"  a network that is shown w of the training cells: {known:.3f}", flush=True)
+            if mixing == "linear":
+                best = max(found["random start, cells"], found["random start, means"])
+                report("invariant state with alignment, R2", best, ">= .90", best >= 0.90)
+                gain = best - found["random start"]
+                report("gain over none", gain, ">= .15", gain >= 0.15)
+                report("no alignment, from a linear fit, R2", found["linear start"], ">= .90", found["linear start"] >= 0.90)
 
 
 def main() -> None:

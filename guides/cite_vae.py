@@ -17,7 +17,8 @@ pairs, as published, which also pays for the spread of w within a group; ``"mean
 unit shows later and what it showed first, which is the same w indeed.
 
 Programs start from the principal axes of the expression, turned at random; ``fit(restarts=...)`` tries several turns. Counts and networks
-start from a linear fit to the principal components.
+start from a linear fit to the principal components, which settles what is invariant (``start="random"`` leaves it out, as published; then
+the penalty is needed).
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ class CITEVAE(PyroModule):
     Args:
         n_encoder: width of the encoder, of two layers.
         alignment, aligned: weight and kind of the penalty on w of treated and control cells.
+        start: of pairs with an encoder or a bijection: from a ``"linear"`` fit, or ``"random"``.
         polish: quasi-Newton steps after the training, of pairs whose bound is in closed form; none above 2e8 values of expression.
     """
 
@@ -76,12 +78,15 @@ class CITEVAE(PyroModule):
         aligned: Literal["means", "cells", "unit"] = "means",
         n_encoder: int = 128,
         polish: int = 1000,
+        start: Literal["linear", "random"] = "linear",
     ) -> None:
         super().__init__()
         networks = transition in ("mlp", "flow")
         self.exact = (decoder == "linear" and likelihood == "gaussian" and not networks) or likelihood == "flow"
         self.alignment, self.aligned, self.walks = alignment, aligned, networks
-        self.starts = not self.exact or (likelihood == "flow" and not networks)  # from a linear fit
+        if start not in ("linear", "random"):
+            raise PyrocausalError(f"start={start!r} was given; it is 'linear' or 'random'")
+        self.starts = start == "linear" and (not self.exact or (likelihood == "flow" and not networks))  # from a linear fit
         if alignment and (self.exact or aligned not in ("means", "cells", "unit")):
             raise PyrocausalError(
                 f"alignment={alignment} with aligned={aligned!r} was given; it is for pairs with an encoder (counts or networks), and "
