@@ -439,6 +439,7 @@ def test_what_does_not_go_together_is_refused():
         ({"penetrance": "some"}, "'full' or 'learned'"),
         ({"transition": "mlp", "lag": False}, "without memory"),
         ({"alignment": 1.0}, "pairs with an encoder"),
+        ({"start": "cold"}, "'linear' or 'random'"),
     ):
         with pytest.raises(PyrocausalError, match=match):
             pc.build("cite_vae", data, n_latent=3, n_invariant=2, **settings)
