@@ -2,11 +2,12 @@
 
 What is seen, ``s_f = (w, u_f) = z A_f + k_f``, is linear in the exogenous state, so that::
 
-    q(z_n | x_n) ~ Normal(z_n; 0, I) prod_f Normal(a_nf; z_n A_nf + k_nf, diag(v_nf)^-1)
+    q(z_n | x_n) ~ Normal(z_n; 0, I) prod_f Normal(a_nf R; (z_n A_nf + k_nf) R, diag(v_nf)^-1)
 
 is Gaussian, knows the treatment through A and k, and leaves the path before the first glimpse as uncertain as the model says. With a linear
 decoder and Gaussian noise, or through an exact bijection, the glimpse is the expression itself and q is the exact posterior; otherwise an
-encoder gives a_nf and v_nf from the expression alone, never from the treatment.
+encoder gives a_nf and v_nf from the expression alone, never from the treatment; R [I + D, I + D] turns to the axes along which glimpses
+are independent (without it the bound would rather turn the programs).
 
 Under a transition by networks the state is walked forward: each glimpse, of precision v, is combined with the prior of the noise given the
 path so far (:mod:`pyrocausal.dynamics.walk`); times that were not seen have guesses from what was. A whole path through a bijection leaves
@@ -101,6 +102,7 @@ class CITEVAE(PyroModule):
             self.standardise = Standardise(n_genes, log=likelihood != "gaussian").double()
             self.linear = nn.Linear(n_genes, s).double()
             self.network = MLP(n_genes, 2 * s, n_encoder, 2, layer_norm=True).double()
+            self.mix = None if networks else nn.Parameter(torch.eye(s, dtype=torch.float64))  # R
             self.guess = MLP(s + n_perturbations + T, 2 * T * n_latent, n_encoder, 1).double() if networks else None
             for network in (self.network, self.guess):
                 if network is not None:
@@ -141,14 +143,14 @@ class CITEVAE(PyroModule):
         elif self.alignment and batch.partner is not None:
             self._align(value, batch.partner.to(x.dtype), look)
         if not self.walks:
-            return glimpsed(model.sight_of(mechanism, course, look), value, log_v.exp())
+            return glimpsed(model.sight_of(mechanism, course, look), value, log_v.exp(), self.mix)
         return self._walk(mechanism, course, look, value, log_v)
 
     def glimpse(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Where (w, u) are and the logarithm of how precisely, [..., I + D] each, from expression [..., G]."""
+        """Where (w, u) are and the logarithm of how precisely (along R), [..., I + D] each, from expression [..., G]."""
         h = self.standardise(x)
         a, log_v = self.network(h).chunk(2, -1)
-        return self.linear(h) + a, log_v.clamp(-6, 8)
+        return self.linear(h) + a, log_v.clamp(-6, 12)
 
     def _walk(self, mechanism: Any, course: Tensor, look: Tensor, value: Tensor, log_v: Tensor) -> Walk:
         """The path of cells, from glimpses [n, F, I + D] where there are any."""
@@ -251,6 +253,10 @@ class CITEVAE(PyroModule):
             _unwarp(model, x, start)
             return
         W, precision = start.loadings.detach(), start.observation.precision.detach()
+        if model.likelihood.name == "gaussian":
+            beyond = centred.square().mean(0) - (spread[:more, None] * axes[:more]).square().sum(0)
+            noise = (axes[:more].square() / precision.unsqueeze(-1)).sum(0) + beyond.clamp_min(0)
+            model.likelihood.log_sigma.data.copy_(0.5 * noise.clamp_min(1e-8).log())
         model.turn.data.zero_()
         model.turn.data[:, :more] = W / spread[:more].clamp_min(1e-3 * spread[0])
         raw, _ = _seen(data)
@@ -267,8 +273,14 @@ class CITEVAE(PyroModule):
         weight = torch.linalg.solve(h.T @ h + 100 * torch.eye(h.shape[1], dtype=h.dtype), h.T @ (glimpse - glimpse.mean(0)))
         self.linear.weight.data.copy_(weight.T)
         self.linear.bias.data.copy_(glimpse.mean(0) - h.mean(0) @ weight)
-        error = (glimpse - self.linear(h)).square().mean(0) + 1 / inner.diagonal()
-        self.network.last.bias.data.copy_(torch.cat([torch.zeros(m, dtype=x.dtype), -error.detach().log()]))
+        off = glimpse - self.linear(h)
+        error = torch.linalg.inv(inner + ridge) + off.mT @ off / len(off)
+        if self.mix is None:
+            self.network.last.bias.data[m:] = -error.diagonal().log()
+            return
+        factor = torch.linalg.cholesky(torch.linalg.inv(error))
+        self.mix.data.copy_(factor / factor.norm(dim=0))
+        self.network.last.bias.data[m:] = 2 * factor.norm(dim=0).log()
 
     def _linear_start(self, model: Any, data: PerturbationData, centre: Tensor, axes: Tensor) -> Any:
         """A fit to the principal components along ``axes`` [k, G], with the model's own settings but linear."""

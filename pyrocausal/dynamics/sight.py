@@ -179,9 +179,12 @@ class SeenMoments(TorchDistribution):
         return weight * (len(weight) / weight.sum()) * each
 
 
-def glimpsed(sight: Sight, value: Tensor, precision: Tensor) -> dist.MultivariateNormal:
-    """Law of z given a noisy glimpse of s itself, ``value ~ Normal(z A + k, 1 / precision)``; both [n, F, s]."""
+def glimpsed(sight: Sight, value: Tensor, precision: Tensor, mix: Tensor | None = None) -> dist.MultivariateNormal:
+    """Law of z given a noisy glimpse of s itself, ``value mix ~ Normal((z A + k) mix, 1 / precision)``; value and precision [n, F, s],
+    mix [s, s], the identity if None."""
     A, k, seen, row = sight
+    if mix is not None:
+        A, k, value = A @ mix, k @ mix, value @ mix
     scaled = A[row] * (precision * seen[row].unsqueeze(-1)).unsqueeze(-2)  # [n, F, e, s]
     M = torch.eye(A.shape[-2], dtype=A.dtype, device=A.device) + (scaled @ A[row].mT).sum(1)
     b = torch.einsum("nfes,nfs->ne", scaled, value - k[row])
