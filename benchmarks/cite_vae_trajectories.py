@@ -241,15 +241,15 @@ def seen_through(adata: ad.AnnData, x: Array, k: int) -> ad.AnnData:
 
 
 def alignment(args: argparse.Namespace) -> None:
-    """Static, 12 perturbations, 3,000 cells and 1,000 for the test, 100 genes: R2 of w with and without the penalty, from random starts (as
-    published) and from a linear fit. Beside it a regression that is shown the true w of the training cells, and the paired design, where
+    """Static, 12 perturbations, 3,000 cells and 1,000 for the test, 100 genes: R2 of w with and without the penalty, from random
+    starts and from a linear fit. Beside it a regression that is shown the true w of the training cells, and the paired design, where
     units show w before and after."""
-    published = {"start": "random"}
+    cold = {"start": "random"}
     ways: dict[str, list[tuple[str, dict[str, Any]]]] = {
         "linear": [
-            ("random start", published),
-            ("random start, cells", published | {"alignment": 1.0, "aligned": "cells"}),
-            ("random start, means", published | {"alignment": 100.0, "aligned": "means"}),
+            ("random start", cold),
+            ("random start, cells", cold | {"alignment": 1.0, "aligned": "cells"}),
+            ("random start, means", cold | {"alignment": 100.0, "aligned": "means"}),
             ("linear start", {}),
             ("linear start, means", {"alignment": 100.0, "aligned": "means"}),
         ],

@@ -18,8 +18,8 @@ pairs, as published, which also pays for the spread of w within a group; ``"mean
 unit shows later and what it showed first, which is the same w indeed.
 
 Programs start from the principal axes of the expression, turned at random; ``fit(restarts=...)`` tries several turns. Counts and networks
-start from a linear fit to the principal components, which settles what is invariant (``start="random"`` leaves it out, as published; then
-the penalty is needed).
+start from a linear fit to the principal components, which settles what is invariant (``start="random"`` leaves it out, and the inputs of
+the encoder as they are; then the penalty helps).
 """
 
 from __future__ import annotations

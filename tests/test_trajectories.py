@@ -165,7 +165,7 @@ def test_the_law_of_a_path_is_the_dense_normal():
         assert (turned.loc - direct.loc).abs().max() < 1e-9 and (turned.covariance_matrix - direct.covariance_matrix).abs().max() < 1e-9
 
 
-def test_an_encoder_starts_near_the_exact_bound_and_keeps_the_programs():
+def test_an_encoder_comes_near_the_exact_bound_and_keeps_the_programs():
     """Linear mixing through an encoder and a network for a decoder; without the axes of the glimpses the bound turns the programs (.84)."""
     adata, data = screen(cells_per_condition=100, n_genes=5)
     settings = {"n_latent": 3, "n_invariant": 2, "targets": adata.uns["truth"]["targets"]}
