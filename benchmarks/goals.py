@@ -11,7 +11,8 @@ Rules, the same for every row:
 1. What is held out is a perturbation or a pair, never cells; pairs with an unseen gene are not trained on.
 2. Own targets of the scored perturbation do not count. Sets of genes and strata are declared by the truth, or by training cells.
 3. Settings were chosen on seeds from 1000 on, for opponents too; the seeds of the table, below 1000, are drawn by ``DRAW``, which was set
-   when the code was done. To draw others is to run another table.
+   when the code was done. To draw others is to run another table: a first one of M2 to M4 had been printed when ``scm`` joined the
+   collection, whose units then got new names, from which seeds are drawn.
 4. A method that fails in a world takes the worst value there. Nothing is clipped, no world is left out.
 5. Every value has a 95 % interval, of a bootstrap over worlds (splits, for a real screen, which are not independent: too narrow). A
    goal stands if value *and* interval keep the bar; it is read against the best opponent, whoever that is in each resample.

@@ -1,4 +1,4 @@
-"""LinearLCD and CLIPR on real screens: ``python benchmarks/real_diffusion.py [sachs papalexi schraivogel]`` (data: PYROCAUSAL_DATA).
+"""LinearLCD, SCM and CLIPR on real screens: ``python benchmarks/real_diffusion.py [sachs papalexi schraivogel]`` (data: PYROCAUSAL_DATA).
 
 sachs        directed recovery of both reference graphs (log fluorescence), beside the precision matrix and the mean differences
 papalexi,    mean shifts of pairs (schraivogel) or of perturbations held out, against the additive and the mean baseline; implication
@@ -37,11 +37,11 @@ def fitted(data: pc.PerturbationData, seed: int, **settings: Any) -> pc.Fit:
     return pc.fit(model, guide, data, max_epochs=3000, kl_warmup=0.0, seed=seed, progress=False)
 
 
-def graph_of(fit: pc.Fit) -> xr.DataArray:
+def graph_of(fit: pc.Fit, draws: int = 20) -> xr.DataArray:
     """Draws of the regulation, dims (draw, cause, effect), in units of the genes' own spread."""
     genes, unit = fit.coords["gene"], np.asarray(fit.model.unit)
-    sampled = global_draws(fit, 20)
-    graph = deterministic_tables(fit, sampled, 20)["graph"] * unit[:, None] / unit
+    sampled = global_draws(fit, draws)
+    graph = deterministic_tables(fit, sampled, draws)["graph"] * unit[:, None] / unit
     return xr.DataArray(graph, dims=("draw", "cause", "effect"), coords={"cause": genes, "effect": genes})
 
 
@@ -59,7 +59,9 @@ def sachs(seed: int) -> None:
     centred = x - pd.DataFrame(x).groupby(labels).transform("mean").to_numpy()
     control = np.linalg.inv(np.corrcoef(x[data.is_control].T))
     pooled = np.linalg.inv(np.corrcoef(centred.T))
-    matrices = {"linear_lcd": M, "precision, control": -control, "precision, pooled": -pooled}
+    network = pc.fit(*pc.build("scm", data, own_genes=own, draws=200, seed=seed), data, seed=seed, progress=False)
+    A = graph_of(network, 200).mean("draw").to_numpy()
+    matrices = {"linear_lcd": M, "scm": A, "precision, control": -control, "precision, pooled": -pooled}
     rows = []
     for name, found in edges.items():
         pairs = [tuple(str(e).split("->")) if isinstance(e, str) else tuple(map(str, e)) for e in np.asarray(found)]

@@ -7,6 +7,7 @@ from pyrocausal.guides.lcd import LCD
 from pyrocausal.guides.linear_lcd import LinearLCD
 from pyrocausal.guides.sams_vae import SAMSVAE, SAMSVAECorrelated, SAMSVAEMeanField
 from pyrocausal.guides.sccvae import SCCVAE, SCCVAEParity
+from pyrocausal.guides.scm import SCM
 from pyrocausal.guides.svae_plus import SVAEPlus, SVAEPlusParity
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "LCD",
     "SAMSVAE",
     "SCCVAE",
+    "SCM",
     "Baseline",
     "DiscrepancyVAE",
     "LinearLCD",

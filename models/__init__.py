@@ -15,9 +15,10 @@ from pyrocausal.models.lcd import LCD
 from pyrocausal.models.linear_lcd import LinearLCD
 from pyrocausal.models.sams_vae import SAMSVAE
 from pyrocausal.models.sccvae import SCCVAE, SCCVAEParity
+from pyrocausal.models.scm import SCM
 from pyrocausal.models.svae_plus import SVAEPlus
 
-__all__ = ["CITEVAE", "LCD", "SAMSVAE", "SCCVAE", "Baseline", "DiscrepancyVAE", "LinearLCD", "SCCVAEParity", "SVAEPlus"]
+__all__ = ["CITEVAE", "LCD", "SAMSVAE", "SCCVAE", "SCM", "Baseline", "DiscrepancyVAE", "LinearLCD", "SCCVAEParity", "SVAEPlus"]
 
 
 class _Collection(ModuleType):

@@ -40,6 +40,13 @@ ENTRIES = {
     ),
     "linear_lcd": Entry("LinearLCD", "LinearLCD", "Lorch et al. 2026", "effects, pairs, doses, directed gene network, clamps, transients"),
     "lcd": Entry("LCD", "LCD", "Lorch et al. 2026", "effects, pairs, doses, counterfactuals; a score field, no direction"),
+    "scm": Entry(
+        "SCM",
+        "SCM",
+        "Hauser & Buehlmann 2012, in our form",
+        "effects, pairs, unseen measured genes, gene network, clamps, counterfactuals",
+        data_kind="normalised",
+    ),
     "cite_vae": Entry("CITEVAE", "CITEVAE", "Jiang et al. 2026, rebuilt", "trajectories, acts with a when, targets, lagged network"),
     "perturbed_vae": Entry(
         "CITEVAE",

@@ -63,6 +63,7 @@ def call_interactions(
     fdr: float = 0.1,
     null: Null = "theoretical",
     min_count: float = 20.0,
+    drop_targets: bool = True,
 ) -> pd.DataFrame:
     """Interactions of every pair and gene, and which are called at a false discovery rate.
 
@@ -77,6 +78,9 @@ def call_interactions(
             never narrower: it allows for variance between groups that cells do not show, and costs power.
         min_count: of counts, a gene is tested if its pooled rate over the four groups gives each of them so many counts.
 
+        drop_targets: do not test the genes that a pair perturbs. What is held at a level cannot add, so that calls of them are right and
+            say nothing, and a false discovery rate over them and the others is higher among the others alone.
+
     Returns:
         A row for each pair and gene: ``pair, a, b, gene``; ``double`` (y_AB - y_c), ``additive`` (its expectation), ``interaction, se, df,
         z, p_value`` (under the null used), ``lfdr, q_value, called``, and ``kind``: ``"synergy"`` (further than expected, on the same
@@ -88,7 +92,7 @@ def call_interactions(
     """
     if not 0 < fdr < 1:
         raise DataError(f"fdr={fdr!r} was given; give a rate between 0 and 1")
-    table = interaction_tests(data, pairs, min_count)
+    table = interaction_tests(data, pairs, min_count, drop_targets)
     found = local_fdr(table["z"].to_numpy(), null)
     scaled = (table["z"].to_numpy() - found.mean) / found.sd
     table["p_value"] = 2 * stats.norm.sf(np.abs(scaled))
@@ -104,7 +108,9 @@ def call_interactions(
     return table
 
 
-def interaction_tests(data: PerturbationData, pairs: Sequence[str] | None = None, min_count: float = 20.0) -> pd.DataFrame:
+def interaction_tests(
+    data: PerturbationData, pairs: Sequence[str] | None = None, min_count: float = 20.0, drop_targets: bool = True
+) -> pd.DataFrame:
     """The statistics of :func:`call_interactions` under the theoretical null, without calls."""
     names, rows = _groups(data, pairs)
     counts = data.kind == "counts"
@@ -129,7 +135,7 @@ def interaction_tests(data: PerturbationData, pairs: Sequence[str] | None = None
         if counts:
             rate = sum(g.total for g in groups) / sum(g.library for g in groups)
             z = np.where(rate * min(g.library for g in groups) >= min_count, z, np.nan)
-        z = np.where(variance > 0, z, np.nan)
+        z = np.where((variance > 0) & ~(drop_targets & np.isin(data.genes, [a, b])), z, np.nan)
         columns = {
             "pair": pair, "a": a, "b": b, "gene": data.genes, "double": groups[0].value - base.value, "additive": expected - base.value,
             "interaction": gap, "se": np.sqrt(variance), "df": df, "z": z, "p_value": 2 * stats.norm.sf(np.abs(z)),
@@ -139,7 +145,12 @@ def interaction_tests(data: PerturbationData, pairs: Sequence[str] | None = None
 
 
 def pair_tests(
-    data: PerturbationData, pairs: Sequence[str] | None = None, min_count: float = 20.0, draws: int = 999, seed: int = 0
+    data: PerturbationData,
+    pairs: Sequence[str] | None = None,
+    min_count: float = 20.0,
+    draws: int = 999,
+    seed: int = 0,
+    drop_targets: bool = True,
 ) -> pd.DataFrame:
     """Does a pair interact at all: ``T = sum over genes of z^2``, against its law when cells scatter about additive means.
 
@@ -153,7 +164,7 @@ def pair_tests(
     """
     if draws < 19:
         raise DataError(f"draws={draws} was given; p-values need at least 19")
-    tests = interaction_tests(data, pairs, min_count)
+    tests = interaction_tests(data, pairs, min_count, drop_targets)
     names, rows = _groups(data, pairs)
     out = []
     for k, pair in enumerate(names):

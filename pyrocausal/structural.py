@@ -76,6 +76,40 @@ def solve(
     return u if clamp is None else _clamped(u, graph, clamp)
 
 
+def hold(u: Tensor, reach: Tensor, value: Tensor) -> Tensor:
+    """Programs ``u`` of a linear system with some of them held at ``value``, [..., n, D]: no edge into them, the others follow.
+
+    A shift of the held T reaches all programs, and no other equation changes; so what is missing enters as the shift of T that brings T
+    to its values, ``u + (v_T - u_T) R_TT^-1 R_T``. One small system for each set T, whatever the order of the programs.
+
+    Args:
+        reach: ``R = (I - graph)^-1``, [D, D] or [S, K, 1, D, D].
+        value: NaN where a program is left alone, broadcastable to ``u``.
+    """
+    held = ~value.isnan()
+    most = int(held.sum(-1).max())
+    if most == 0:
+        return u
+    real, at = held.to(torch.uint8).topk(most, dim=-1)  # [..., n, m]; padded where a cell has fewer
+    real = real.bool()
+    if reach.dim() == 2:
+        rows = reach[at]
+    else:
+        worlds = reach.squeeze(-3)
+        s = torch.arange(worlds.shape[0], device=at.device).reshape(-1, 1, 1, 1)
+        k = torch.arange(worlds.shape[1], device=at.device).reshape(-1, 1, 1)
+        rows = worlds[s, k, at]  # [S, K, n, m, D]
+    inner = rows.gather(-1, at.unsqueeze(-2).expand(*rows.shape[:-1], most))  # R_TT
+    both = real.unsqueeze(-1) & real.unsqueeze(-2)
+    inner = torch.where(both, inner, torch.eye(most, dtype=u.dtype, device=u.device))
+    shape = torch.broadcast_shapes(u.shape[:-1], at.shape[:-1])
+    at_u = at.expand(*shape, most)
+    missing = torch.where(real, value.nan_to_num().expand(*shape, -1).gather(-1, at_u) - u.expand(*shape, -1).gather(-1, at_u), 0.0)
+    size = (missing.unsqueeze(-2) @ torch.linalg.inv(inner)).squeeze(-2)
+    moved = u + (size.unsqueeze(-2) @ rows).squeeze(-2)
+    return torch.where(held, value.nan_to_num(), moved)
+
+
 def residual(u: Tensor, graph: Tensor, equations: Equations = "linear") -> Tensor:
     """The inverse of :func:`solve` without a clamp: ``e = u - f(u) graph``, [..., n, D]. Its Jacobian is unit triangular."""
     return u - _times(LINKS[equations](u), graph)

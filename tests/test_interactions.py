@@ -229,3 +229,14 @@ def test_screens_without_pairs_are_refused() -> None:
         interaction_tests(data[data.labels != "B"])
     with pytest.raises(DataError, match="draws=5"):
         pair_tests(data, draws=5)
+
+
+def test_what_a_pair_holds_is_not_tested():
+    """Where one target follows the other, holding both is not additive for the second, which says nothing of an interaction."""
+    data = pc.PerturbationData.from_anndata(scm_screen(n_genes=12, n_perturbed=8, doubles=28, seed=1))
+    own = [[a, b] for a, b in (p.split("+") for p in call_interactions(data)["pair"])]
+    left, all_of_them = call_interactions(data), call_interactions(data, drop_targets=False)
+    targets = np.array([g in pair for g, pair in zip(left["gene"], own, strict=True)])
+    assert left["z"][targets].isna().all() and not left["called"][targets].any() and left["z"][~targets].notna().all()
+    assert all_of_them["called"][targets].any()
+    np.testing.assert_array_equal(left["z"][~targets], all_of_them["z"][~targets])

@@ -178,7 +178,7 @@ def test_every_model_of_the_collection_can_be_reported(name: str, small_screen: 
     found = demo(data, tmp_path / "out", model=name, n_latent=3, max_epochs=2, draws=8, truth=small_screen)
     mask, _ = target_draws(found.fit, draws=20)
     assert (mask is None) == (
-        name in ("cpa_vae", "sccvae_parity", "discrepancy_vae", "linear_lcd", "lcd", "cite_vae", "perturbed_vae", "additive_eb")
+        name in ("cpa_vae", "sccvae_parity", "discrepancy_vae", "linear_lcd", "lcd", "scm", "cite_vae", "perturbed_vae", "additive_eb")
     )  # dense, soft, or none
     assert (tmp_path / "out" / "report.html").is_file()
     if mask is None:
