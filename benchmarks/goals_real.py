@@ -38,6 +38,7 @@ EXPRESSED = 0.1  # least mean of a gene in the training controls
 LEVEL = 0.9
 BASELINES = ("control", "mean_perturbed", "matching_mean", "additive", "additive_eb", "linear_embedding")
 MODELS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {  # settings of the pair, of its fit
+    "scm": ({"draws": DRAWS}, {"max_epochs": 10}),  # closed form: the number of epochs is not used
     "sams_vae": ({"n_latent": 20}, {"max_epochs": 200}),
     "cpa_vae": ({"n_latent": 20}, {"max_epochs": 200}),
     "sccvae": ({"n_latent": 16}, {"max_epochs": 200}),
@@ -165,7 +166,7 @@ def shuffled(seed: int, quick: bool) -> Records:
 
 # -- the units and the rows --------------------------------------------------------------------------------------------------------
 
-LOGNORM: tuple[str, ...] = ("sams_vae", "cpa_vae", "sccvae", "perturbed_vae")
+LOGNORM: tuple[str, ...] = ("scm", "sams_vae", "cpa_vae", "sccvae", "perturbed_vae")
 COUNTS: tuple[str, ...] = ("sams_vae", "cpa_vae", "sccvae")
 UNITS = [
     Unit("norman lognorm", partial(half_split, "lognorm", LOGNORM), 40),
@@ -200,7 +201,7 @@ def _real(kind: str, models: tuple[str, ...]) -> list[Row]:
     return rows
 
 
-ROWS = [*_real("lognorm", ("linear_lcd", *LOGNORM)), *_real("counts", COUNTS)]
+ROWS = [*_real("lognorm", ("scm", "linear_lcd", *LOGNORM[1:])), *_real("counts", COUNTS)]
 ROWS += [
     Row(
         "M7",

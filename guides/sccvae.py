@@ -254,7 +254,7 @@ class SCCVAE(PyroModule):
             variance = 1 / (observed + 0.5) + 1 / (n.clamp_min(1) * theta)
         else:
             found = (observed - expected) / n.clamp_min(1)
-            variance = (model.likelihood.floor + model.likelihood.log_sigma.exp())[gene] ** 2 / n.clamp_min(1)
+            variance = model.likelihood.sigma[gene] ** 2 / n.clamp_min(1)
         precision = 1 / variance + s**-2
         self.own_loc.copy_(torch.where(new, (found / variance + m / s**2) / precision, self.own_loc))
         self.own_log_scale.copy_(torch.where(new, -0.5 * precision.log(), self.own_log_scale))

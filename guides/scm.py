@@ -4,14 +4,17 @@
 
     networks     the best that a search finds, and a walk around it (:mod:`pyrocausal.dag_search`)
     weights      A_Sk ~ Normal((C^k_SS)^-1 C^k_Sk, sigma_k^2 (C^k_SS)^-1),   sigma_k^2 = RSS_k / (N_k - |S|)
-    off targets  in coordinates x (I - A), where they are sparse: empirical Bayes, untreated cells and all perturbations together
-                 (:func:`pyrocausal.closed_form.shrunk_effects`); a target's own coordinate counts for nothing
+    off targets  empirical Bayes, untreated cells and all perturbations together (:func:`pyrocausal.closed_form.shrunk_effects`), either
+                 of shifts of the equations, ``x (I - A)``, where a target's own counts for nothing, or of expression: in those
+                 coordinates in which the effects of one half of the cells say more of the other half
     levels       as measured, ``y_pT - b_T``; of a perturbation without cells as those of the others, in units of the genes' spread
     z            the cell, read back: ``((x - b)(I - A) - shift) / sigma``, with what the noise leaves open
 
 A perturbation that shifts gene k by itself must not be taken for an effect of what else it moved. So condition means count in the
 regression of k for ``1 / (1 + n_p v_pk / sigma_k^2)`` of what their cells do, v_pk the variance of off-target shifts, and networks and
-variances are found in turn, ``ROUNDS`` times.
+variances are found in turn, ``ROUNDS`` times. Where unmeasured causes move many genes, as in most real screens, edges are not what
+perturbations follow, and the second coordinates win: then effects are those of ``additive_eb``, and the network answers only for genes that
+are held.
 
 ``draws`` members (network, weights, effects) are kept; ``member ~ Uniform`` picks one. While it trains, and with ``draws=0``, it is the
 point: the best network, and the means.
@@ -20,9 +23,10 @@ point: the best network, and the means.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
+import pandas as pd
 import pyro
 import pyro.distributions as dist
 import torch
@@ -33,14 +37,18 @@ from torch import Tensor
 from pyrocausal.closed_form import SILENT, Conditions, Estimate, conditions_of, shrunk_effects
 from pyrocausal.dag_search import RIDGE, Array, Edges, Regressions, Score, Walk, regress
 from pyrocausal.data import PerturbationData
+from pyrocausal.errors import DataError, PyrocausalError
 from pyrocausal.loading import Batch
 from pyrocausal.structural import mechanism_shift
 
 NOISE = 0.05  # of sigma, as the model's
 ROUNDS, SEARCH = 3, 20  # of networks and variances in turn; steps of the walk in each
+HALVES = 10  # of the cells, for where effects are shrunk
 STEPS = 3  # of the walk from one member to the next
 CARRIED = 50.0  # cells that carry the variance of a gene with edges
+MOST_GENES = 500  # products of all genes are kept for each gene: 1 GB
 NEVER = 1e9  # variance of a mean that counts for nothing, in units of sigma^2
+Shrink = Literal["auto", "equations", "expression"]
 TABLES = ("baseline", "edge", "weight", "log_sigma", "level", "off_target")
 
 
@@ -49,6 +57,7 @@ class SCM(PyroModule):
 
     Args:
         draws: members; 0 leaves the point.
+        shrink: where effects are shrunk, ``"equations"``, ``"expression"``, or ``"auto"``.
         gamma: of the penalty of an edge, ``log(N) / 2 + gamma log(G)``.
     """
 
@@ -62,11 +71,14 @@ class SCM(PyroModule):
         own_genes: Sequence[int] | None = None,
         intervention: str = "do",
         draws: int = 50,
+        shrink: Shrink = "auto",
         gamma: float = 0.5,
     ) -> None:
         super().__init__()
+        if shrink not in get_args(Shrink):
+            raise PyrocausalError(f"shrink={shrink!r} was given; choose one of {', '.join(get_args(Shrink))}")
         P, G = n_perturbations, n_genes
-        self.draws, self.gamma, self.intervention = draws, gamma, intervention
+        self.draws, self.shrink, self.gamma, self.intervention = draws, shrink, gamma, intervention
         self.register_buffer("on_target", torch.zeros(P, G))
         for p, g in enumerate(own_genes or ()):
             if g >= 0:
@@ -102,7 +114,7 @@ class SCM(PyroModule):
     def initialise(self, model: Any, data: PerturbationData) -> None:
         """All of the fit."""
         rng = np.random.default_rng(int(torch.randint(2**31, ())))
-        found = Network.of(data, self.on_target.numpy() > 0, self.intervention, self.gamma, rng)
+        found = Network.of(data, self.on_target.numpy() > 0, self.intervention, self.shrink, self.gamma, rng)
         for name, value in found.point().items():
             getattr(self, f"point_{name}").copy_(torch.from_numpy(value))
         for i in range(self.draws):
@@ -124,11 +136,19 @@ class Network:
         self.walk: Walk
         self.edges: Edges
         self.here: Edges  # of the walk
+        self.in_equations = True
         self.floor = SILENT * (unit**2).mean() + 1e-12  # of variances
 
     @classmethod
-    def of(cls, data: PerturbationData, targets: Edges, intervention: str, gamma: float, rng: np.random.Generator) -> Network:
-        """Networks and variances in turn."""
+    def of(
+        cls, data: PerturbationData, targets: Edges, intervention: str, shrink: Shrink, gamma: float, rng: np.random.Generator
+    ) -> Network:
+        """Networks and variances in turn, then the coordinates of effects."""
+        if len(data.genes) > MOST_GENES:
+            raise DataError(
+                f"{len(data.genes)} genes were given, and scm has room for {MOST_GENES}: take those that vary most, or modules of genes "
+                "(pyrocausal.dynamics.coarse)"
+            )
         moments = Moments.of(data, targets)
         unit = np.sqrt(np.maximum(moments.within.diagonal() / max(len(data) - len(moments.n), 1), 1e-8))
         found = cls(conditions_of(data), targets, intervention, int((np.diff(data.dose.indptr) == 0).sum()), unit)
@@ -145,7 +165,36 @@ class Network:
             found.settle(edges)
             off = (moments.dose != 0) @ (found.off_scale**2)
             share = 1 / (1 + moments.n[:, None] * off / found.variance)
+        found.in_equations = shrink == "equations" or (shrink == "auto" and found.prefers_equations(data, rng))
+        if not found.in_equations:
+            found.law = shrunk_effects(found.c, len(targets))
+            found.baseline = found.law.control
+            spread = found.law.prior_effect**2 @ (np.eye(len(found.A)) - found.A) ** 2
+            found.off_scale = np.maximum(np.sqrt(spread), 1e-6 * found.unit)
         return found
+
+    def prefers_equations(self, data: PerturbationData, rng: np.random.Generator) -> bool:
+        """Whether effects of a half of the cells, shrunk as shifts of equations, are nearer to the other half's than as expression: by two
+        standard errors over perturbations, in sum over ``HALVES`` random halves."""
+        if self.n_control < 4 or (self.c.n_cells >= 4).sum() < 2:  # no two halves to speak of
+            return False
+        groups = list(pd.Series(np.arange(len(data))).groupby(np.asarray(data.labels, dtype=str)).indices.values())
+        lead = np.zeros(len(self.targets))
+        for _ in range(HALVES):
+            first = np.zeros(len(data), bool)
+            for rows in groups:
+                first[rng.permutation(rows)[: -(-len(rows) // 2)]] = True
+            one, two = (conditions_of(data[np.flatnonzero(rows)]) for rows in (first, ~first))
+            both = np.intersect1d(one.rows, two.rows)
+            here, there = np.searchsorted(one.rows, both), np.searchsorted(two.rows, both)
+            counts = ~self.targets[both]
+            error = []
+            for A, law in ((self.A, self.shifts(self.A, one)), (0 * self.A, shrunk_effects(one, len(self.targets)))):
+                inner = np.where(counts, law.control + law.effect[both], one.mean[here] @ (np.eye(len(A)) - A))  # targets as measured
+                error.append((((inner @ self.reach(A) - two.mean[there]) ** 2 / two.variance[there]) * counts).sum(1))
+            lead[both] += error[1] - error[0]
+        seen = lead[self.c.rows]
+        return bool(seen.sum() > 2 * np.sqrt(len(seen)) * seen.std())
 
     def settle(self, edges: Edges) -> None:
         """Weights and effects of the best network."""
@@ -160,12 +209,13 @@ class Network:
     def reach(A: Array) -> Array:
         return np.asarray(np.linalg.inv(np.eye(len(A)) - A))
 
-    def shifts(self, A: Array) -> Estimate:
-        """Law of the intercepts and of the shifts of equations, given the network."""
-        c, own = self.c, self.targets[self.c.rows]
-        variance = np.where(own, NEVER, 1.0) * self.variance / c.n_cells[:, None]
+    def shifts(self, A: Array, c: Conditions | None = None) -> Estimate:
+        """Law of the intercepts and of the shifts of equations, given the network; of other cells' conditions, if they are given."""
+        c = self.c if c is None else c
+        variance = np.where(self.targets[c.rows], NEVER, 1.0) * self.variance / c.n_cells[:, None]
         system = np.eye(len(A)) - A
-        inner = Conditions(c.control @ system, self.variance / self.n_control, c.rows, c.mean @ system, variance, c.n_cells, self.variance)
+        n_control = self.n_control * (c.n_cells.sum() / self.c.n_cells.sum())
+        inner = Conditions(c.control @ system, self.variance / n_control, c.rows, c.mean @ system, variance, c.n_cells, self.variance)
         return shrunk_effects(inner, len(self.targets))
 
     def point(self) -> dict[str, Array]:
@@ -183,7 +233,7 @@ class Network:
             if len(S):
                 root = np.linalg.cholesky(r.cross[k][np.ix_(S, S)] + RIDGE * np.diag(r.cross[k].diagonal()[S]))
                 A[S, k] += np.sqrt(variance[k]) * np.linalg.solve(root.T, rng.standard_normal(len(S)))
-        law, noise = self.shifts(A), rng.standard_normal
+        law, noise = self.shifts(A) if self.in_equations else self.law, rng.standard_normal
         m = law.shared + law.shared_sd * noise(d)
         a = law.control + law.control_on_shared * (m - law.shared) + law.control_sd * noise(d)
         e = law.effect + law.on_control * (a - law.control) + law.on_shared * (m - law.shared) + law.effect_sd * noise(law.effect.shape)
@@ -202,10 +252,13 @@ class Network:
         return unit * seen.mean(), unit * max(float(seen.std(ddof=1)), 0.1)
 
     def _tables(self, edges: Edges, A: Array, a: Array, e: Array, mean: Array, unseen: Array) -> dict[str, Array]:
+        system = np.eye(len(A)) - A
+        if not self.in_equations:
+            a, e = a @ system, e @ system
         b = a @ self.reach(A)
         level = unseen.copy()
         p, g = np.nonzero(self.targets[self.c.rows])
-        change = mean - b if self.intervention == "do" else mean @ (np.eye(len(A)) - A) - a
+        change = mean - b if self.intervention == "do" else mean @ system - a
         level[self.c.rows[p]] = change[p, g]
         log_sigma = 0.5 * np.log(self.variance)
         return {"baseline": b, "edge": edges.astype(float), "weight": A, "log_sigma": log_sigma, "level": level, "off_target": e}

@@ -99,6 +99,7 @@ class CentredGuide(PyroModule):
         device = self.table.loc.device
         x = torch.as_tensor(data.dense(), device=device)
         self.standardise.fit_moments(x)
+        model.likelihood.bound(x)
         with torch.no_grad():
             counts = model.likelihood.is_counts
             model.decoder.last.bias.copy_((x.sum(0) / x.sum()).clamp_min(1e-8).log() if counts else x.mean(0))

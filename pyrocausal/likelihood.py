@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from pyrocausal.distributions import NegativeBinomial, Poisson
 from pyrocausal.loading import Nonzeros
 
+LEAST = 1e-2  # of sigma, in units of the root mean square spread of the genes
+
 LikelihoodName = Literal["negative_binomial", "poisson", "gaussian"]
 
 
@@ -24,15 +26,19 @@ class Likelihood(nn.Module):
     poisson             library_size * softmax(eta)              Var x = mu
     gaussian            eta                                      Var x = sigma_g^2, sigma_g > ``floor``
     ==================  =======================================  ==============================
+
+    A gene that does not vary in the training cells has no largest density: :meth:`bound` keeps sigma from zero.
     """
 
     log_theta: nn.Parameter
     log_sigma: nn.Parameter
+    least: Tensor
 
     def __init__(self, name: LikelihoodName, n_genes: int, floor: float = 0.0) -> None:
         super().__init__()
         self.name = name
         self.floor = floor
+        self.register_buffer("least", torch.zeros(()))
         if name == "negative_binomial":
             self.log_theta = nn.Parameter(torch.full((n_genes,), 2.0))
         elif name == "gaussian":
@@ -44,6 +50,17 @@ class Likelihood(nn.Module):
     def is_counts(self) -> bool:
         return self.name != "gaussian"
 
+    @torch.no_grad()
+    def bound(self, x: Tensor) -> None:
+        """Before the first epoch: sigma is at least a hundredth of the spread of the genes in cells [n, n_genes]."""
+        if not self.is_counts:
+            self.least.copy_(LEAST * x.var(0, unbiased=False).mean().sqrt())
+
+    @property
+    def sigma(self) -> Tensor:
+        """Of Gaussian noise, [n_genes]."""
+        return (self.floor + self.log_sigma.exp()).clamp_min(self.least)
+
     def mean(self, eta: Tensor, library_size: Tensor) -> Tensor:
         """[..., n, n_genes], [n, 1] -> [..., n, n_genes]."""
         return library_size * eta.softmax(-1) if self.is_counts else eta
@@ -54,4 +71,4 @@ class Likelihood(nn.Module):
             return NegativeBinomial(x_loc, self.log_theta.exp(), nonzeros=nonzeros)
         if self.name == "poisson":
             return Poisson(x_loc, nonzeros=nonzeros)
-        return dist.Normal(x_loc, self.floor + self.log_sigma.exp()).to_event(1)
+        return dist.Normal(x_loc, self.sigma).to_event(1)

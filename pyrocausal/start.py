@@ -22,6 +22,7 @@ def moment_start(guide: Any, model: Any, x: Tensor, dose: Tensor, library_size: 
     if not control.any():
         control = torch.ones_like(control)
     h = guide.standardise(x)
+    model.likelihood.bound(x)
     scale = x.sum(0) / library_size.sum() if counts else x[control].mean(0)
     decoder.bias.copy_(scale.clamp_min(1e-8).log() if counts else scale)
     if not counts:

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import anndata as ad
 import numpy as np
 import pandas as pd
 import pyro
@@ -648,3 +649,21 @@ def test_an_older_checkpoint_survives_a_failed_one(data: pc.PerturbationData, tm
         with pytest.raises(OSError, match="No space"):
             fitted(data, max_epochs=4, checkpoint=path, checkpoint_every=2, resume=True)
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["c.npz"]
+
+
+@pytest.mark.parametrize("name", ["sams_vae", "sccvae", "svae_plus"])
+def test_a_gene_that_does_not_vary_has_a_finite_density(name):
+    """Its noise would go to zero, and its density without bound, whatever the other genes say."""
+    rng = np.random.default_rng(0)
+    x = rng.normal(1.0, 0.5, (120, 6)).astype(np.float32)
+    x[:, 2] = 0.7
+    obs = pd.DataFrame({"perturbation": ["control"] * 60 + ["a"] * 30 + ["b"] * 30}, index=[f"c{i}" for i in range(120)])
+    data = pc.PerturbationData.from_anndata(ad.AnnData(x, obs=obs), kind="normalised")
+    fit = pc.fit(*pc.build(name, data, n_latent=2, seed=0), data, max_epochs=200, lr=0.05, seed=0, progress=False)
+    sigma = fit.model.likelihood.sigma.detach()
+    rms = float(x.var(0).mean() ** 0.5)
+    assert 0.999 * 0.01 * rms <= float(sigma[2]) < 0.1 * rms
+    assert float(sigma[[0, 1, 3, 4, 5]].min()) > 0.05
+    most = -np.log(0.01 * rms) - 0.5 * np.log(2 * np.pi)  # of that gene, met exactly
+    assert fit.history["elbo"].iloc[-1] < most  # the others have a negative log density
+    assert fit.history["elbo"].iloc[-1] > -20

@@ -16,7 +16,7 @@ import torch
 import pyrocausal as pc
 from pyrocausal.dag_search import Regressions, Score, Walk, climb, descent, leads, regress
 from pyrocausal.errors import PyrocausalError
-from pyrocausal.guides.scm import Moments
+from pyrocausal.guides.scm import Moments, Network
 from pyrocausal.interventions import parse
 from pyrocausal.simulate_scm import scm_screen
 from pyrocausal.structural import hold, solve
@@ -222,6 +222,30 @@ def test_without_edges_it_is_the_additive_baseline() -> None:
     np.testing.assert_allclose(a.std("draw").mean(), b.std("draw").mean(), rtol=0.1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_effects_are_shrunk_where_they_are_sparse(seed: int) -> None:
+    """Shifts of few equations that a network carries on; and effects of few genes, in cells that an unmeasured cause moves."""
+    _, data = _screen(seed)
+    targets = np.eye(12, dtype=bool)[data.genes.get_indexer(data.perturbations)]
+    assert Network.of(data, targets, "do", "auto", 0.5, np.random.default_rng(0)).in_equations
+    rng = np.random.default_rng(seed)
+    n, effect = 50, rng.standard_normal((20, 30)) * 0.6 * (rng.random((20, 30)) < 0.15)
+    label = np.repeat(np.arange(21), n)
+    cause = rng.standard_normal((21 * n, 2)) @ rng.standard_normal((2, 30))
+    x = cause + rng.standard_normal((21 * n, 30)) + np.vstack([np.zeros(30), effect])[label]
+    names = np.array(["control", *(f"p{i}" for i in range(20))])
+    obs = pd.DataFrame({"perturbation": names[label]}, index=[f"c{i}" for i in range(len(x))])
+    confounded = pc.PerturbationData.from_anndata(ad.AnnData(x.astype(np.float32), obs=obs), kind="normalised")
+    fit = _fit(confounded, draws=400)  # few draws add to the error of their mean
+    acts = {p: parse(p) for p in confounded.perturbations}
+    order = [int(str(p)[1:]) for p in acts]
+    error = {}
+    for name, f in (("scm", fit), ("additive_eb", pc.fit(*pc.build("additive_eb", confounded), confounded, progress=False))):
+        told = pc.effects(f, acts, draws=400, cells=2, seed=0)["effect"].mean("draw").transpose("intervention", "gene").to_numpy()
+        error[name] = float(((told - effect[order]) ** 2).sum())
+    assert error["scm"] < 1.05 * error["additive_eb"]
+
+
 def test_zero_dose_changes_nothing_and_the_factual_action_gives_the_cell_back() -> None:
     _, data = _screen()
     fit = _fit(data)
@@ -272,11 +296,25 @@ def test_the_rest_of_the_library_takes_it() -> None:
 
 def test_refusals() -> None:
     _, data = _screen()
+    with pytest.raises(PyrocausalError, match="choose one of"):
+        pc.build("scm", data, shrink="none")
     with pytest.raises(PyrocausalError, match="'do' or 'shift'"):
         pc.build("scm", data, intervention="hard")
+    wide = np.random.default_rng(0).standard_normal((12, 501)).astype(np.float32)
+    obs = pd.DataFrame({"perturbation": ["control"] * 6 + ["a"] * 6}, index=[f"c{i}" for i in range(12)])
+    with pytest.raises(PyrocausalError, match="501 genes were given, and scm has room for 500"):
+        _fit(pc.PerturbationData.from_anndata(ad.AnnData(wide, obs=obs), kind="normalised"))
     counts = pc.PerturbationData.from_anndata(scm_screen(n_genes=6, n_perturbed=3, counts=True, cells_per_perturbation=20, n_control=30))
     with pytest.raises(PyrocausalError, match="normalised"):
         _fit(counts)
+
+
+def test_a_screen_of_few_cells_is_fitted() -> None:
+    """Of one control cell and one cell of a perturbation too there is an estimate."""
+    x = np.random.default_rng(0).standard_normal((6, 4)).astype(np.float32)
+    obs = pd.DataFrame({"perturbation": ["control", "a", "b", "b", "a+b", "a+b"]}, index=[f"c{i}" for i in range(6)])
+    fit = _fit(pc.PerturbationData.from_anndata(ad.AnnData(x, obs=obs), kind="normalised"))
+    assert np.isfinite(pc.effects(fit, {"a": parse("a"), "a+b": parse("a+b")}, draws=5, cells=2, seed=0)["effect"]).all()
 
 
 def test_a_gene_that_few_cells_carry_has_no_edges() -> None:
