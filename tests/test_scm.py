@@ -236,7 +236,7 @@ def test_effects_are_shrunk_where_they_are_sparse(seed: int) -> None:
     names = np.array(["control", *(f"p{i}" for i in range(20))])
     obs = pd.DataFrame({"perturbation": names[label]}, index=[f"c{i}" for i in range(len(x))])
     confounded = pc.PerturbationData.from_anndata(ad.AnnData(x.astype(np.float32), obs=obs), kind="normalised")
-    fit = _fit(confounded, draws=400)  # few draws add to the error of their mean
+    fit = _fit(confounded, draws=0)  # means
     acts = {p: parse(p) for p in confounded.perturbations}
     order = [int(str(p)[1:]) for p in acts]
     error = {}
