@@ -70,7 +70,7 @@ from pyrocausal.dynamics.lyapunov import lyapunov, spectral_abscissa
 from pyrocausal.dynamics.stationary import StationaryNormal, covariance_factor, hold, linear_system, stationary_mean
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
-from pyrocausal.structural import mechanism_shift
+from pyrocausal.structural import mechanism_shift, targets_table
 
 LinearLikelihood = Literal["gaussian", "negative_binomial", "poisson", "zero_inflated_poisson"]
 BASE = 10.0  # standard deviation of the chart's base measure, in units of the data's own spread
@@ -146,10 +146,8 @@ class LinearLCD(PyroModule):
                 f"own_genes names {len(targets)} targets for {n_perturbations} perturbations; give one for each (-1: none)"
             )
         one = torch.ones(n_genes, dtype=torch.float64)
-        known = targets >= 0
         self.register_buffer("targets", targets)
-        self.register_buffer("on_target", torch.zeros(self.shape, dtype=torch.float64))
-        self.on_target[known, targets[known]] = 1.0
+        self.register_buffer("on_target", targets_table(own_genes, self.shape).double())
         self.register_buffer("chart", torch.diag(one))  # F0
         self.register_buffer("centre", 0 * one)  # m0
         self.register_buffer("unit", one.clone())  # of the state

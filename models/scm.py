@@ -36,7 +36,8 @@ site            shape            kind           meaning
 **Identified** (no latent confounders, no cycles, linear equations): edges out of and into perturbed genes; edges among genes that were
 never perturbed up to those whose turning changes no distribution of the screen, over which the draws of the guide vary. **Assumed:** a
 perturbation reaches its target and, shrunk by empirical Bayes, other genes' equations by a shift; without edges and targets this is the
-baseline ``additive_eb``. **Not answered:** perturbations of genes that are not measured and not in the screen.
+baseline ``additive_eb``. **Not known:** what a perturbation does whose gene is not measured and that no cell received; it has the prior,
+the shift that all share and wide draws. The prior leaves out the normaliser of "no cycles": its own draws may have some.
 
 Source: Pearl 2009; Hauser and Buehlmann 2012 (arXiv 1104.2808). Batches and times are pooled.
 """
@@ -45,7 +46,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import pyro
 import pyro.distributions as dist
@@ -55,7 +56,7 @@ from torch import Tensor, nn
 
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
-from pyrocausal.structural import _times, hold, mechanism_shift
+from pyrocausal.structural import mechanism_shift, respond, targets_table
 
 NOISE = 0.05  # of sigma
 VAGUE = 10.0  # width of a prior that has little say, in units of what it is of
@@ -100,10 +101,12 @@ class SCM(PyroModule):
         self.shape = (n_perturbations, n_genes)
         self.intervention, self.edge_probability, self.edge_scale = intervention, edge_probability, edge_scale
         self.register_buffer("on_target", targets_table(own_genes, self.shape))
-        for name, shape in (("centre", n_genes), ("unit", n_genes), ("level_prior", n_perturbations), ("level_scale", n_perturbations)):
-            self.register_buffer(name, torch.zeros(shape) if "prior" in name or name == "centre" else torch.ones(shape))
+        self.register_buffer("centre", torch.zeros(n_genes))  # these five are set by the guide
+        self.register_buffer("unit", torch.ones(n_genes))
+        self.register_buffer("level_prior", torch.zeros(n_perturbations))
+        self.register_buffer("level_scale", torch.ones(n_perturbations))
         self.register_buffer("off_scale", torch.ones(self.shape))
-        self.log_noise = nn.Parameter(torch.full((n_genes,), math.log(NOISE)))  # set by the guide
+        self.log_noise = nn.Parameter(torch.full((n_genes,), math.log(NOISE)))  # and this
 
     def forward(self, batch: Batch) -> Tensor:
         gene, guide, pairs = {"event_dims": ("gene",)}, {"event_dims": ("perturbation",)}, {"event_dims": ("cause", "gene")}
@@ -132,16 +135,6 @@ class SCM(PyroModule):
             if self.intervention == "do":
                 own = torch.where((dose != 0).to(on) @ on > 0, mechanism_shift(dose, effect * on), math.nan)
                 value = own if value is None else torch.where(value.isnan(), own, value)
-            u = _times(sigma * z + shift, R)
-            u = pyro.deterministic("u", u if value is None else hold(u, R, value), event_dim=1)
+            u = pyro.deterministic("u", respond(sigma * z + shift, R, value), event_dim=1)
             x_loc = pyro.deterministic("x_loc", b + u, event_dim=1)
             return pyro.sample("x", dist.Normal(x_loc, self.log_noise.exp()).to_event(1), obs=batch.x, infer=gene)
-
-
-def targets_table(own_genes: Sequence[int] | None, shape: tuple[int, int]) -> Tensor:
-    """1 where a perturbation targets a gene, [P, G]."""
-    out: Any = torch.zeros(shape)
-    for p, g in enumerate(own_genes or ()):
-        if g >= 0:
-            out[p, g] = 1.0
-    return out

@@ -58,14 +58,14 @@ class Score:
         return self.known[key]
 
     def _of(self, k: int, S: list[int]) -> tuple[float, Array]:
+        if not self.r.able[k]:
+            return 0.0, np.full(len(self.r.n), -np.inf)
         C, n, lam = self.r.cross[k], self.r.n[k], self.penalty
         V, c = C.diagonal(), C[k]
         if S:
             inner = C[np.ix_(S, S)] + RIDGE * np.diag(V[S])
             slopes = np.linalg.solve(inner, C[S])  # of every gene on S
             V, c = V - (C[S] * slopes).sum(0), C[k] - C[k, S] @ slopes
-        if not self.r.able[k]:
-            return 0.0, np.full(len(C), -np.inf)
         least = LEAST * float(C[k, k])
         rss = max(float(c[k]), least)
         left = self.r.able & (LEAST * C.diagonal() < V)
@@ -156,7 +156,7 @@ class Walk:
     score: Score
     rng: np.random.Generator
     share: float = 0.2  # of the edges that a step reverses or removes
-    most: int = 10
+    most: int = 10  # and no more than
 
     def start(self, edges: Edges | None = None) -> Edges:
         d = len(self.score.r.n)

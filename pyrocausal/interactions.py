@@ -77,7 +77,6 @@ def call_interactions(
         null: law of z where nothing interacts: ``"theoretical"`` N(0, 1), or ``"empirical"``, fitted to the middle of all z (Efron 2004),
             never narrower: it allows for variance between groups that cells do not show, and costs power.
         min_count: of counts, a gene is tested if its pooled rate over the four groups gives each of them so many counts.
-
         drop_targets: do not test the genes that a pair perturbs. What is held at a level cannot add, so that calls of them are right and
             say nothing, and a false discovery rate over them and the others is higher among the others alone.
 
@@ -155,7 +154,8 @@ def pair_tests(
     """Does a pair interact at all: ``T = sum over genes of z^2``, against its law when cells scatter about additive means.
 
     The law is that of ``draws`` wild bootstraps: every cell's deviation from the mean of its group, with a random sign, gives z of all
-    genes at once, so that their correlation is kept; ``p = (1 + #{T* >= T}) / (draws + 1)``. Source: Wu 1986; Mammen 1993.
+    genes at once, so that their correlation is kept; ``p = (1 + #{T* >= T}) / (draws + 1)``. Source: Wu 1986; Mammen 1993. Arguments as
+    in :func:`call_interactions`.
 
     Returns:
         A row for each pair: ``pair, genes`` (tested), ``statistic, p_value, q_value`` (Benjamini-Hochberg over pairs), and ``energy``:

@@ -15,6 +15,7 @@ interventions on the left and a 1 for the cells, ``[S, K, 1, D, D]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -25,6 +26,15 @@ from pyrocausal.errors import PyrocausalError
 
 Equations = Literal["linear", "relu", "softplus"]
 LINKS = {"linear": lambda u: u, "relu": torch.relu, "softplus": torch.nn.functional.softplus}
+
+
+def targets_table(own_genes: Sequence[int] | None, shape: tuple[int, int]) -> Tensor:
+    """1 where a perturbation targets a gene, [P, G]; from the column of each one's gene, -1 where it is not measured."""
+    out = torch.zeros(shape)
+    for p, g in enumerate(own_genes if own_genes is not None else ()):
+        if g >= 0:
+            out[p, g] = 1.0
+    return out
 
 
 def mechanism_shift(dose: Tensor, table: Tensor) -> Tensor:
@@ -74,6 +84,13 @@ def solve(
         return turned[..., back]
     u = _triangular(e, graph)
     return u if clamp is None else _clamped(u, graph, clamp)
+
+
+def respond(e: Tensor, reach: Tensor, value: Tensor | None = None) -> Tensor:
+    """What linear equations give whose ``R = (I - graph)^-1`` is known, ``u = e R``, in any order of the programs; some of them
+    :func:`hold`, if ``value`` is given. Arguments as there; ``e`` as in :func:`solve`."""
+    u = _times(e, reach)
+    return u if value is None else hold(u, reach, value)
 
 
 def hold(u: Tensor, reach: Tensor, value: Tensor) -> Tensor:

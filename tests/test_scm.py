@@ -16,8 +16,8 @@ import torch
 import pyrocausal as pc
 from pyrocausal.dag_search import Regressions, Score, Walk, climb, descent, leads, regress
 from pyrocausal.errors import PyrocausalError
-from pyrocausal.guides.scm import Moments, Network
 from pyrocausal.interventions import parse
+from pyrocausal.network import Moments, Network
 from pyrocausal.simulate_scm import scm_screen
 from pyrocausal.structural import hold, solve
 
