@@ -92,7 +92,7 @@ def benchmark(
             always there. Those of metrics of cells (``"scperturb"``, ``"scperteval"``, ``"vcc2025"``, ``"vcc2026"``) sample cells, and
             take longer.
         draws, cells: of :func:`pyrocausal.effects`.
-        max_epochs: of every fit; None: :func:`pyrocausal.report.default_epochs`.
+        max_epochs: of every fit; None: :func:`pyrocausal.epoch.default_epochs`.
         min_cells: held-out conditions with fewer are not scored.
         drop_targets: leave the genes that the scored conditions target out of metrics of means and intervals.
         genes: that metrics of means are taken of: those that a tenth of the training controls have, or all; intervals are always scored on

@@ -20,6 +20,7 @@ import torch
 
 from pyrocausal.collection import ENTRIES, build
 from pyrocausal.data import PerturbationData
+from pyrocausal.epoch import default_epochs, steps_per_epoch
 from pyrocausal.errors import InterventionError, PyrocausalError
 from pyrocausal.fit import Fit, fit
 
@@ -81,9 +82,7 @@ def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | No
         if isinstance(pair, Fit):
             return pair
     _can_answer(pair[0], train, names)
-    from pyrocausal.report import default_epochs
-
-    epochs = options.max_epochs or default_epochs(len(train))
+    epochs = options.max_epochs or default_epochs(steps_per_epoch(pair[0], train))
     fitted = fit(*pair, train, max_epochs=epochs, validation=validation, seed=job.seed, progress=False)
     if fitted.stopped == "interrupted":  # a fit keeps what it has; a job is done or not done
         raise KeyboardInterrupt

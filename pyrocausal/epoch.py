@@ -20,6 +20,23 @@ from pyrocausal.errors import ContractError
 from pyrocausal.loading import Batch, batches, batches_by_condition
 from pyrocausal.optimiser import learning_rate_factor
 
+STEPS = 3000, 4000  # gradient steps below which epochs are added, and above which they are taken away
+
+
+def steps_per_epoch(model: Any, data: PerturbationData, batch_size: int = 256) -> int:
+    """Gradient steps of a pass over the cells: minibatches of all cells; of each condition apart (``batching="condition"``); or one, of the
+    moments of the screen (``"moments"``)."""
+    batching = getattr(model, "batching", "cells")
+    if batching == "moments" and data.complete:
+        return 1
+    sizes = np.unique(data.labels.astype(str), return_counts=True)[1] if batching == "condition" else np.array([len(data)])
+    return int(np.maximum(1, -(-sizes // batch_size)).sum())
+
+
+def default_epochs(steps: int) -> int:
+    """60 epochs of so many steps; more where that is under 3,000 gradient steps, fewer (but 10) where it is over 4,000."""
+    return max(10, min(max(60, -(-STEPS[0] // steps)), STEPS[1] // steps))
+
 
 def run_epoch(
     loss_module: nn.Module,

@@ -22,6 +22,7 @@ import xarray as xr
 from pyrocausal import evaluate
 from pyrocausal.collection import ENTRIES, accepts, build
 from pyrocausal.data import PerturbationData
+from pyrocausal.epoch import default_epochs, steps_per_epoch
 from pyrocausal.errors import DataError, PyrocausalError, nearest
 from pyrocausal.fit import Fit, fit
 from pyrocausal.interventions import parse
@@ -33,7 +34,6 @@ from pyrocausal.worlds import factual_base, law_under
 __all__ = ["Demo", "as_text", "demo"]
 METRICS = ("pearson", "relative_l2", "direction", "coverage")
 MAX_SHOWN, MAX_SCORED, MIN_CELLS = 40, 200, 2
-STEPS = 3000, 4000  # gradient steps below which epochs are added, and above which they are taken away
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ def demo(
         knockouts: labels to show (``"A"`` or ``"A+B"``); by default the singles, strongest first, and at most 40 of them, then the
             combinations.
         n_latent: programs.
-        max_epochs: passes over the training cells; by default :func:`default_epochs`.
+        max_epochs: passes over the training cells; by default :func:`pyrocausal.epoch.default_epochs`.
         draws: posterior draws behind every interval.
         truth: the simulated screen that ``data`` are of (see :mod:`pyrocausal.simulate`), for a comparison with its truth.
         name: of the screen, in the report's title.
@@ -118,7 +118,7 @@ def demo(
     start = time.perf_counter()
     size = {"n_latent": n_latent} if accepts(model, "n_latent") else {}  # a model over genes has no programs
     pair = build(model, train, **size, seed=seed)
-    epochs = max_epochs or default_epochs(len(train), batch_size)
+    epochs = max_epochs or default_epochs(steps_per_epoch(pair[0], train, batch_size))
     fitted = fit(*pair, train, max_epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
     if not len(fitted.history):
         raise PyrocausalError("the training was interrupted before the first epoch had ended, so nothing was fitted; nothing is written")
@@ -150,12 +150,6 @@ def demo(
 
 
 # -- what to fit and where to write ---------------------------------------------------------------------------------------------
-
-
-def default_epochs(n_cells: int, batch_size: int = 256) -> int:
-    """60 epochs; more where that is under 3,000 gradient steps, fewer (but 10) where it is over 4,000."""
-    per_epoch = -(-n_cells // batch_size)
-    return max(10, min(max(60, -(-STEPS[0] // per_epoch)), STEPS[1] // per_epoch))
 
 
 def check_out(out: str | Path) -> None:

@@ -26,6 +26,7 @@ from torch.distributions import constraints
 
 import pyrocausal as pc
 import pyrocausal.centred
+from pyrocausal.epoch import default_epochs, steps_per_epoch
 from pyrocausal.errors import CheckpointError, ContractError, DataError
 from pyrocausal.fit import held_out_elbo
 from pyrocausal.loading import Batch
@@ -370,6 +371,28 @@ def test_stray_parameters_are_refused(data: pc.PerturbationData, guide: Any, ref
         assert len(pyro.get_param_store()) == 0
     finally:
         pyro.clear_param_store()
+
+
+@pytest.mark.parametrize("name", ["sams_vae", "sccvae_parity", "discrepancy_vae", "linear_lcd"])
+def test_steps_of_an_epoch_are_counted(data: pc.PerturbationData, name: str) -> None:
+    """Minibatches of all cells, minibatches of each condition, and the moments of the whole screen."""
+    taken = []
+    screen = data.log_normalised()
+    model, guide = pc.build(name, screen, **({"draws": 0} if name == "linear_lcd" else {"n_latent": 5}), seed=0)
+    own = getattr(guide, "after_step", lambda *of: None)
+    guide.after_step = lambda *of: (taken.append(1), own(*of))
+    pc.fit(model, guide, screen, max_epochs=2, batch_size=32, progress=False)
+    assert len(taken) == 2 * steps_per_epoch(model, screen, 32)
+    conditions = len(set(screen.labels))
+    if name == "linear_lcd":
+        assert steps_per_epoch(model, screen) == 1
+    elif name != "sams_vae":
+        assert steps_per_epoch(model, screen, len(screen)) == conditions > steps_per_epoch(pc.build("sams_vae", screen)[0], screen)
+
+
+@pytest.mark.parametrize(("steps", "epochs"), [(10, 300), (51, 60), (66, 60), (157, 25), (3_907, 10), (1, 3000)])
+def test_default_epochs_aim_at_three_to_four_thousand_steps(steps: int, epochs: int) -> None:
+    assert default_epochs(steps) == epochs
 
 
 def test_masks_have_their_own_learning_rate(data: pc.PerturbationData) -> None:

@@ -15,7 +15,7 @@ from pyrocausal import evaluate, report
 from pyrocausal.cli import main
 from pyrocausal.collection import ENTRIES
 from pyrocausal.errors import DataError, PyrocausalError
-from pyrocausal.report import Demo, default_epochs, demo, sharing_groups, target_draws
+from pyrocausal.report import Demo, demo, sharing_groups, target_draws
 
 PNG = b"\x89PNG\r\n\x1a\n"
 PICTURES = {"elbo", "target_mask", "predicted_vs_measured", "effects_heatmap", "effects_forest"}
@@ -227,11 +227,6 @@ def test_an_interrupt_before_the_first_epoch_writes_nothing(
     with pytest.raises(PyrocausalError, match="nothing is written"):
         demo(pc.PerturbationData.from_anndata(small_screen), tmp_path / "out", max_epochs=3)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(("cells", "epochs"), [(2_400, 300), (12_953, 60), (16_800, 60), (40_000, 25), (1_000_000, 10), (100, 3000)])
-def test_default_epochs_aim_at_three_to_four_thousand_steps(cells: int, epochs: int) -> None:
-    assert default_epochs(cells) == epochs
 
 
 # -- the simulated demo and a real screen ---------------------------------------------------------------------------------------------
