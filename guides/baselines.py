@@ -7,7 +7,11 @@ The law of a, m and e is Gaussian, joint over the three and independent over gen
     e_p ~ Normal(e^_p + g_p (a - a^) + h_p (m - m^), sd_p^2)
 
 For ``additive`` it is the posterior under flat priors, which is the sampling law of the measured effects; for ``additive_eb`` the posterior
-given the estimated variances. The noise of a cell about its mean is set by moments within conditions.
+given the estimated variances, and ``condition_eb`` adds interactions of combinations (:mod:`pyrocausal.shrunk_interactions`)::
+
+    i_q ~ Normal(i^_q - K_q ((a - a^) + sum_{p in q} (e_p - e^_p)), sd_q^2)
+
+The noise of a cell about its mean is set by moments within conditions.
 """
 
 from __future__ import annotations
@@ -27,10 +31,12 @@ from pyrocausal.closed_form import Conditions, Estimate
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
+from pyrocausal.shrunk_interactions import shrunk_interactions
 
 LEAST_SD = 1e-6
 BY_GENE = ("shared", "shared_sd", "control", "control_sd", "control_on_shared")
 BY_PERTURBATION = ("effect", "effect_sd", "on_control", "on_shared")
+BY_COMBINATION = ("value", "gain", "sd")
 
 
 class Baseline(PyroModule):
@@ -44,6 +50,7 @@ class Baseline(PyroModule):
         neighbours: of ``knn_embedding``; None for the best by leaving one perturbation out.
         penalty: of a ridge; None for the best by leaving one perturbation out (``linear_embedding``: .1, as published).
         weights: ``mean_perturbed`` over perturbations (``"perturbation"``) or over cells (``"cell"``).
+        combinations: as the model's.
         seen: a perturbation with cells of its own has its ``"measured"`` effect, or its ``"fitted"`` one; of embeddings.
     """
 
@@ -61,6 +68,7 @@ class Baseline(PyroModule):
         penalty: float | None = None,
         weights: str = "perturbation",
         seen: str = "measured",
+        combinations: Sequence[Sequence[int]] = (),
     ) -> None:
         super().__init__()
         used = {
@@ -82,13 +90,25 @@ class Baseline(PyroModule):
             self.register_buffer(name, torch.zeros(n_genes))
         for name in BY_PERTURBATION:
             self.register_buffer(name, torch.zeros(n_perturbations, n_genes))
+        self.combinations = combinations if kind == "condition_eb" else ()
+        if self.combinations:
+            for name in BY_COMBINATION:
+                self.register_buffer(f"interaction_{name}", torch.zeros(len(self.combinations), n_genes))
+            part = torch.zeros(len(self.combinations), n_perturbations)
+            for q, parts in enumerate(self.combinations):
+                part[q, list(parts)] = 1.0
+            self.register_buffer("part", part)
 
     def forward(self, batch: Batch) -> None:
         t: dict[str, Tensor] = dict(self.named_buffers())
         m = pyro.sample("shared", _normal(t["shared"], t["shared_sd"]).to_event(1))
         a = pyro.sample("baseline", _normal(t["control"] + t["control_on_shared"] * (m - t["shared"]), t["control_sd"]).to_event(1))
         moved = t["on_control"] * (a - t["control"]).unsqueeze(-2) + t["on_shared"] * (m - t["shared"]).unsqueeze(-2)
-        pyro.sample("effect", _normal(t["effect"] + moved, t["effect_sd"]).to_event(2))
+        e = pyro.sample("effect", _normal(t["effect"] + moved, t["effect_sd"]).to_event(2))
+        if self.combinations:
+            d = (a - t["control"]).unsqueeze(-2) + t["part"] @ (e - t["effect"])
+            loc = t["interaction_value"] - t["interaction_gain"] * d
+            pyro.sample("interaction", _normal(loc, t["interaction_sd"]).to_event(2))
 
     def initialise(self, model: Any, data: PerturbationData) -> None:
         """All of the fit."""
@@ -96,6 +116,11 @@ class Baseline(PyroModule):
         estimate = self.estimate(conditions, data)
         for name in (*BY_GENE, *BY_PERTURBATION):
             getattr(self, name).copy_(torch.from_numpy(getattr(estimate, name)))
+        if self.combinations:
+            found = shrunk_interactions(data, conditions, estimate, self.combinations)
+            for name in BY_COMBINATION:
+                getattr(self, f"interaction_{name}").copy_(torch.from_numpy(getattr(found, name)))
+            model.interaction_scale.copy_(torch.from_numpy(np.maximum(found.prior, LEAST_SD)))
         model.centre.copy_(self.control)
         model.baseline_scale.copy_(torch.from_numpy(closed_form.VAGUE * np.sqrt(conditions.control_variance)))
         model.shared_scale.copy_(torch.from_numpy(np.maximum(estimate.prior_shared, LEAST_SD)))
@@ -113,7 +138,7 @@ class Baseline(PyroModule):
             return closed_form.matching_effects(c, n)
         if self.kind == "additive":
             return closed_form.unbiased_effects(c, n)
-        if self.kind == "additive_eb":
+        if self.kind in ("additive_eb", "condition_eb"):
             return closed_form.shrunk_effects(c, n)
         if self.kind == "linear_embedding":
             own = np.full(n, -1) if self.own_genes is None else np.asarray(self.own_genes)

@@ -8,7 +8,8 @@ the data's own otherwise), c the control and p a single perturbation::
     s_p^2 = V_p / n_p,  V_p = ((n_p - 1) v_p + d0 v) / (n_p - 1 + d0)      v_p: variance of a cell (delta method), v: pooled, d0 = 10
 
 All conditions share the noise of y_c, so that the estimates of two effects are correlated; an :class:`Estimate` keeps that, and a sum of
-effects has the right variance. Only single perturbations and control cells are read: what is predicted of a combination never saw one.
+effects has the right variance. Only single perturbations and control cells are read here: what is predicted of a combination never saw one
+(:mod:`pyrocausal.shrunk_interactions` adds what combinations themselves tell).
 """
 
 from __future__ import annotations
@@ -103,14 +104,20 @@ def conditions_of(data: PerturbationData, n_prior: float = PRIOR_CELLS) -> Condi
         raise DataError(
             f"{int((size == 0).sum())} control cells and {len(rows)} single perturbations were given; a baseline needs one of each at least"
         )
-    totals = [_totals(data, np.flatnonzero(size == 0)), *(_totals(data, np.flatnonzero(column == p)) for p in rows)]
-    n, mean = np.array([t.n for t in totals], dtype=float), np.stack([t.value for t in totals])
-    own = np.nan_to_num(np.stack([t.variance for t in totals])) * n[:, None]
+    groups = [np.flatnonzero(size == 0), *(np.flatnonzero(column == p) for p in rows)]
+    n, mean, own = _moments(data, groups)
     freedom = (n - 1)[:, None]
     pooled = (freedom * own).sum(0) / max(freedom.sum(), 1.0)
     pooled = np.maximum(pooled, SILENT * pooled.mean() + 1e-12)
     variance = (freedom * own + n_prior * pooled) / (freedom + n_prior) / n[:, None]
     return Conditions(mean[0], variance[0], rows.astype(np.int64), mean[1:], variance[1:], n[1:], pooled)
+
+
+def moderated_means(data: PerturbationData, groups: list[NDArray[np.int64]], pooled: Array) -> tuple[Array, Array]:
+    """Means of groups of cells, [n, G], with their sampling variances, moderated by the ``pooled`` variance of a cell, [G]."""
+    n, mean, own = _moments(data, groups)
+    freedom = (n - 1)[:, None]
+    return mean, (freedom * own + PRIOR_CELLS * pooled) / (freedom + PRIOR_CELLS) / n[:, None]
 
 
 def unbiased_effects(c: Conditions, n_perturbations: int) -> Estimate:
@@ -135,21 +142,15 @@ def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) ->
     Source: Efron and Morris 1973; Efron 2010, ch. 1. Cannot see: heavy tails of effects within a gene (few large ones are shrunk as
     their gene and perturbation ask), interactions.
     """
-    y, s, n_genes = c.mean, c.variance, len(c.control)
+    y, s = c.mean, c.variance
     strength, rho = np.ones((len(y), 1)), 0.1
-    live = c.unit_variance > 1.01 * c.unit_variance.min()  # all, or all but the silent ones
-    live = live if live.any() else ~live
+    live = _live(c.unit_variance)
     tau = c.unit_variance * max(float((c.spread / c.unit_variance)[live].mean()), 1e-8)
     for _ in range(iterations):
         a, m, va, vm, cov, w = _joint(c, strength * tau, rho * tau)
         deviation = w * (y - a - m)
         square = deviation**2 + w * s + w**2 * (va + vm + 2 * cov)
-        each = (square / strength).mean(0) / c.unit_variance
-        typical = np.exp(np.log(np.maximum(each[live], 1e-12)).mean())
-        tau = c.unit_variance * (len(y) * each + PRIOR_PERTURBATIONS * typical) / (len(y) + PRIOR_PERTURBATIONS)
-        strength = ((square / tau).sum(1, keepdims=True) + PRIOR_GENES) / (n_genes + PRIOR_GENES)
-        scale = strength.mean()
-        strength, tau = strength / scale, tau * scale
+        tau, strength = common_sizes(square, strength, c.unit_variance)
         rho = _shared(c, strength * tau, tau)
     a, m, va, vm, cov, w = _joint(c, strength * tau, rho * tau)
     effect, sd = np.tile(m, (n_perturbations, 1)), np.tile(np.sqrt(tau), (n_perturbations, 1))
@@ -161,6 +162,17 @@ def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) ->
     return Estimate(
         m, np.sqrt(vm), a, np.sqrt(np.maximum(va - slope * cov, 1e-16)), slope, effect, sd, on_control, on_shared, np.sqrt(rho * tau), prior
     )
+
+
+def common_sizes(square: Array, strength: Array, unit_variance: Array) -> tuple[Array, Array]:
+    """tau^2 [G] and k [n, 1], of mean 1, from expected squares [n, G] of what has the variance k tau^2, given the k before; moderated."""
+    n, n_genes = square.shape
+    each = (square / strength).mean(0) / unit_variance
+    typical = np.exp(np.log(np.maximum(each[_live(unit_variance)], 1e-12)).mean())
+    tau = unit_variance * (n * each + PRIOR_PERTURBATIONS * typical) / (n + PRIOR_PERTURBATIONS)
+    strength = ((square / tau).sum(1, keepdims=True) + PRIOR_GENES) / (n_genes + PRIOR_GENES)
+    scale = strength.mean()
+    return tau * scale, strength / scale
 
 
 def constant_effects(c: Conditions, n_perturbations: int, value: str, weights: str = "perturbation") -> Estimate:
@@ -326,6 +338,19 @@ def noise_of(data: PerturbationData) -> tuple[Array, str]:
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------
+
+
+def _moments(data: PerturbationData, groups: list[NDArray[np.int64]]) -> tuple[Array, Array, Array]:
+    """Cells [n], means and variances of a cell [n, G] (0 of a single cell) of groups of cells."""
+    totals = [_totals(data, rows) for rows in groups]
+    n = np.array([t.n for t in totals], dtype=float)
+    return n, np.stack([t.value for t in totals]), np.nan_to_num(np.stack([t.variance for t in totals])) * n[:, None]
+
+
+def _live(unit_variance: Array) -> NDArray[np.bool_]:
+    """All genes, or all but the silent ones."""
+    live: NDArray[np.bool_] = unit_variance > 1.01 * unit_variance.min()
+    return live if live.any() else ~live
 
 
 def _joint(c: Conditions, between: Array, shared: Array) -> tuple[Array, Array, Array, Array, Array, Array]:

@@ -180,6 +180,14 @@ class PerturbationData:
         """Whether each unit was seen at all times and has one treatment (so it is of cells that were seen once)."""
         return self.path is None or (self.course is None and not bool(np.isnan(self.path[..., 0]).any()))
 
+    @property
+    def combinations(self) -> list[list[int]]:
+        """Columns of the perturbations of each combination that a cell received, in increasing order."""
+        several = np.flatnonzero(np.diff(self.dose.indptr) > 1)
+        first = several[np.unique(self.labels[several].astype(str), return_index=True)[1]]
+        found = {tuple(sorted(self.dose.indices[self.dose.indptr[i] : self.dose.indptr[i + 1]].tolist())) for i in first}
+        return [list(q) for q in sorted(found)]
+
     def condition_counts(self) -> tuple[int, int]:
         """Numbers of distinct single perturbations and of distinct combinations among the cells."""
         size = np.diff(self.dose.indptr)

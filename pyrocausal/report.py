@@ -75,7 +75,7 @@ def demo(
     knockouts: Sequence[str] | None = None,
     n_latent: int = 20,
     max_epochs: int | None = None,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     draws: int = 200,
     truth: ad.AnnData | None = None,
     name: str = "screen",
@@ -92,6 +92,7 @@ def demo(
             combinations.
         n_latent: programs.
         max_epochs: passes over the training cells; by default :func:`pyrocausal.epoch.default_epochs`.
+        batch_size: cells per step; by default 256, for the published SCCVAE and discrepancy VAE 32.
         draws: posterior draws behind every interval.
         truth: the simulated screen that ``data`` are of (see :mod:`pyrocausal.simulate`), for a comparison with its truth.
         name: of the screen, in the report's title.
@@ -118,6 +119,7 @@ def demo(
     start = time.perf_counter()
     size = {"n_latent": n_latent} if accepts(model, "n_latent") else {}  # a model over genes has no programs
     pair = build(model, train, **size, seed=seed)
+    batch_size = batch_size or ENTRIES[model].batch_size
     epochs = max_epochs or default_epochs(steps_per_epoch(pair[0], train, batch_size))
     fitted = fit(*pair, train, max_epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
     if not len(fitted.history):

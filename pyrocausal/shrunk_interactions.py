@@ -1,0 +1,81 @@
+"""What a combination does beyond the sum of its parts, as its own cells tell it, shrunk: the last line of the baseline ``condition_eb``.
+
+Per gene, for a combination q of the training cells with mean ``y_q`` (on the scale of :mod:`pyrocausal.closed_form`) and sampling variance
+``s_q^2``, and the law of untreated mean a and effects e that single perturbations gave (an :class:`~pyrocausal.closed_form.Estimate`)::
+
+    r_q = y_q - a^ - sum_{p in q} e^_p
+    V_q = Var(a + sum_{p in q} e_p)
+    i_q ~ Normal(0, b_q),   b_q = k_q tau^2
+    K_q = (b_q + V_q) / (b_q + V_q + s_q^2)
+
+    E[a + sum e + i | y_q] = a^ + sum e^ + K_q r_q,   Var = K_q s_q^2,   Cov with a + sum e = (1 - K_q) V_q
+
+tau^2 and k maximise the marginal likelihood of the r_q as in :func:`~pyrocausal.closed_form.shrunk_effects`. Parts keep the law that single
+perturbations gave them, ``d_q = (a - a^) + sum (e_p - e^_p)``; so that the sum has the moments above, ::
+
+    i_q | a, e ~ Normal(K_q (r_q - d_q), sd_q^2),   sd_q^2 = s_q^2 ((b_q + V_q)^2 + b_q s_q^2) / (b_q + V_q + s_q^2)^2
+
+A combination that no cell received has i = 0, and ``condition_eb`` is ``additive_eb`` there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pyrocausal.closed_form import Array, Conditions, Estimate, common_sizes, moderated_means
+from pyrocausal.data import PerturbationData
+
+ITERATIONS = 60
+
+
+@dataclass(frozen=True)
+class Interactions:
+    """The law of the interactions of Q combinations given a and e.
+
+    Attributes:
+        value: K r, [Q, G]. gain: K. sd: standard deviations. All are 0 for a combination without cells.
+        prior: sqrt(b), [Q, G].
+    """
+
+    value: Array
+    gain: Array
+    sd: Array
+    prior: Array
+
+
+def shrunk_interactions(data: PerturbationData, c: Conditions, law: Estimate, combinations: Sequence[Sequence[int]]) -> Interactions:
+    """Interactions of ``combinations`` (columns of their parts); see the module's docstring.
+
+    Args:
+        c: conditions of the same cells, whose pooled variances moderate those of combinations. law: of a and e.
+    """
+    shape = (len(combinations), len(c.control))
+    part = np.zeros((len(combinations), len(data.perturbations)))
+    for q, parts in enumerate(combinations):
+        part[q, list(parts)] = 1.0
+    received = (data.dose != 0).astype(float)
+    alike = (received @ part.T == part.sum(1)) & (np.asarray(received.sum(1)) == part.sum(1))  # [cells, Q]
+    cells = [np.flatnonzero(alike[:, q]) for q in range(len(part))]
+    seen = np.flatnonzero([len(rows) > 0 for rows in cells])
+    empty = Interactions(*(np.zeros(shape) for _ in range(4)))
+    if not len(seen):
+        return empty
+    y, s = moderated_means(data, [cells[q] for q in seen], c.unit_variance)
+    w = part[seen]
+    on_control = 1 + w @ law.on_control
+    V = (on_control * law.control_on_shared + w @ law.on_shared) ** 2 * law.shared_sd**2
+    V += on_control**2 * law.control_sd**2 + w @ law.effect_sd**2
+    r, v = y - law.control - w @ law.effect, V + s
+    k, tau = np.ones((len(seen), 1)), c.unit_variance * max(float(((r**2 - v) / c.unit_variance).mean()), 1e-8)
+    for _ in range(ITERATIONS):
+        weight = k * tau / (k * tau + v)
+        tau, k = common_sizes((weight * r) ** 2 + weight * v, k, c.unit_variance)
+    b = k * tau
+    K = (b + V) / (b + v)
+    out = Interactions(empty.value, empty.gain, empty.sd, np.tile(np.sqrt(tau), (shape[0], 1)))
+    out.value[seen], out.gain[seen], out.prior[seen] = K * r, K, np.sqrt(b)
+    out.sd[seen] = np.sqrt(s * ((b + V) ** 2 + b * s)) / (b + v)
+    return out
