@@ -14,7 +14,8 @@ norman2019          CRISPRa pairs in K562, counts of the 246 genes that have any
 norman2019_cells    the same screen; held out: half of the cells of all conditions
 norman2019_log      as both, as log1p of CP10k (layer ``log1p_cp10k``), the scale of published tables: means of logarithms
 schraivogel2020     CRISPRi, TAP-seq, K562, counts of 72 genes; held out: half of the cells (conditions of 10 test cells or more)
-papalexi2021        CRISPR knockout, THP-1, counts of 299 genes; held out: a fifth of the cells; a third of the perturbations, unseen
+papalexi2021        CRISPR knockout, THP-1, counts of 299 genes; held out: a fifth of the cells
+papalexi2021_unseen the same screen; held out: a third of the perturbations, unseen
 linear_do           simulated: linear regulation with cycles, do-interventions, counts; held out: half of the pairs; a third of the genes
 hill_do             simulated: Hill regulation, do-interventions, off-targets, incomplete penetrance, batches, counts; as linear_do
 ==================  ==================================================================================================================
@@ -102,7 +103,8 @@ SCREENS = {
     "norman2019_cells": Screen(lambda: real(NORMAN, modality="activation"), (HALF,), {}),
     "norman2019_log": Screen(lambda: real(NORMAN, layer="log1p_cp10k", modality="activation"), (HELD, HALF), {"genes": "all"}),
     "schraivogel2020": Screen(lambda: real(SCHRAIVOGEL, modality="knockdown"), (HALF,), {}),
-    "papalexi2021": Screen(lambda: real(PAPALEXI, batch_key="batch", modality="knockout"), ({"by": "cells", "test": 0.2}, UNSEEN), {}),
+    "papalexi2021": Screen(lambda: real(PAPALEXI, batch_key="batch", modality="knockout"), ({"by": "cells", "test": 0.2},), {}),
+    "papalexi2021_unseen": Screen(lambda: real(PAPALEXI, batch_key="batch", modality="knockout"), (UNSEEN,), {}),
     "linear_do": Screen(lambda: simulated(mechanism="linear"), (PAIRS, UNSEEN), {}),
     "hill_do": Screen(
         lambda: simulated(mechanism="hill", off_target=0.2, penetrance=(0.6, 1.0), n_batches=2, batch_sd=0.1, depth_sd=0.3),

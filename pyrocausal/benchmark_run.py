@@ -75,16 +75,16 @@ def run_job(data: PerturbationData, job: Job, options: Options) -> dict[str, Any
 
 
 def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | None, names: tuple[str, ...], options: Options) -> Fit:
-    batch_size = 256
+    training: dict[str, Any] = {"batch_size": 256}
     if isinstance(job.entry, str):
-        batch_size, pair = ENTRIES[job.entry].batch_size, build(job.entry, train, seed=job.seed, **job.settings)
+        training, pair = ENTRIES[job.entry].training, build(job.entry, train, seed=job.seed, **job.settings)
     else:
         pair = job.entry(train, seed=job.seed, **job.settings)
         if isinstance(pair, Fit):
             return pair
     _can_answer(pair[0], train, names)
-    epochs = options.max_epochs or default_epochs(steps_per_epoch(pair[0], train, batch_size))
-    fitted = fit(*pair, train, max_epochs=epochs, validation=validation, seed=job.seed, batch_size=batch_size, progress=False)
+    epochs = options.max_epochs or default_epochs(steps_per_epoch(pair[0], train, training["batch_size"]))
+    fitted = fit(*pair, train, max_epochs=epochs, validation=validation, seed=job.seed, progress=False, **training)
     if fitted.stopped == "interrupted":  # a fit keeps what it has; a job is done or not done
         raise KeyboardInterrupt
     return fitted

@@ -81,9 +81,9 @@ def _fit(a: argparse.Namespace) -> int:
     print(data)
     size = {"n_latent": a.latent or 20} if accepts(a.model, "n_latent") else {}
     pair = build(a.model, data, **size, seed=a.seed)
-    batch_size = ENTRIES[a.model].batch_size
-    epochs = a.epochs or default_epochs(steps_per_epoch(pair[0], data, batch_size))
-    fitted = fit(*pair, data, max_epochs=epochs, batch_size=batch_size, seed=a.seed, checkpoint=a.checkpoint, resume=a.resume)
+    training = ENTRIES[a.model].training
+    epochs = a.epochs or default_epochs(steps_per_epoch(pair[0], data, training["batch_size"]))
+    fitted = fit(*pair, data, max_epochs=epochs, seed=a.seed, checkpoint=a.checkpoint, resume=a.resume, **training)
     if not len(fitted.history):
         raise PyrocausalError("the training was interrupted before the first epoch had ended, so nothing was fitted; nothing is written")
     fitted.save(a.out)

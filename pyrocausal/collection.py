@@ -25,7 +25,12 @@ class Entry:
     answers: str
     fixed: tuple[tuple[str, Any], ...] = ()
     data_kind: str = "any"  # "normalised": not for counts
-    batch_size: int = 256  # of its fits, where nothing else is asked for: 32 as published
+    published: tuple[tuple[str, Any], ...] = ()  # settings of pc.fit, of models that stand here as they were published
+
+    @property
+    def training(self) -> dict[str, Any]:
+        """Settings of ``pc.fit`` where nothing else is asked for."""
+        return {"batch_size": 256} | dict(self.published)
 
 
 ENTRIES = {
@@ -35,9 +40,21 @@ ENTRIES = {
     "svae_plus": Entry("SVAEPlus", "SVAEPlus", "Lopez et al. 2023", "as sams_vae, with learned sparsity"),
     "svae_plus_parity": Entry("SVAEPlus", "SVAEPlusParity", "Lopez et al. 2023", "the published sVAE+ objective", (("parity", True),)),
     "sccvae": Entry("SCCVAE", "SCCVAE", "Liu, Zhang & Uhler 2026", "effects, unseen perturbations, doses, network, clamps"),
-    "sccvae_parity": Entry("SCCVAEParity", "SCCVAEParity", "Liu, Zhang & Uhler 2026", "the published SCCVAE", (), "normalised", 32),
+    "sccvae_parity": Entry(
+        "SCCVAEParity",
+        "SCCVAEParity",
+        "Liu, Zhang & Uhler 2026",
+        "the published SCCVAE",
+        data_kind="normalised",
+        published=(("batch_size", 32), ("lr", 5e-4), ("kl_warmup", 1.0)),
+    ),
     "discrepancy_vae": Entry(
-        "DiscrepancyVAE", "DiscrepancyVAE", "Zhang et al. 2023", "effects of singles and pairs, as published", (), "normalised", 32
+        "DiscrepancyVAE",
+        "DiscrepancyVAE",
+        "Zhang et al. 2023",
+        "effects of singles and pairs, as published",
+        data_kind="normalised",
+        published=(("batch_size", 32), ("lr", 1e-3), ("kl_warmup", (0.1, 1.0))),
     ),
     "linear_lcd": Entry("LinearLCD", "LinearLCD", "Lorch et al. 2026", "effects, pairs, doses, directed gene network, clamps, transients"),
     "lcd": Entry("LCD", "LCD", "Lorch et al. 2026", "effects, pairs, doses, counterfactuals; a score field, no direction"),

@@ -92,7 +92,7 @@ def demo(
             combinations.
         n_latent: programs.
         max_epochs: passes over the training cells; by default :func:`pyrocausal.epoch.default_epochs`.
-        batch_size: cells per step; by default 256, for the published SCCVAE and discrepancy VAE 32.
+        batch_size: cells per step; by default 256, or as published (``pyrocausal.collection``).
         draws: posterior draws behind every interval.
         truth: the simulated screen that ``data`` are of (see :mod:`pyrocausal.simulate`), for a comparison with its truth.
         name: of the screen, in the report's title.
@@ -119,9 +119,9 @@ def demo(
     start = time.perf_counter()
     size = {"n_latent": n_latent} if accepts(model, "n_latent") else {}  # a model over genes has no programs
     pair = build(model, train, **size, seed=seed)
-    batch_size = batch_size or ENTRIES[model].batch_size
-    epochs = max_epochs or default_epochs(steps_per_epoch(pair[0], train, batch_size))
-    fitted = fit(*pair, train, max_epochs=epochs, batch_size=batch_size, seed=seed, progress=progress)
+    training = ENTRIES[model].training | ({} if batch_size is None else {"batch_size": batch_size})
+    epochs = max_epochs or default_epochs(steps_per_epoch(pair[0], train, training["batch_size"]))
+    fitted = fit(*pair, train, max_epochs=epochs, seed=seed, progress=progress, **training)
     if not len(fitted.history):
         raise PyrocausalError("the training was interrupted before the first epoch had ended, so nothing was fitted; nothing is written")
     seconds = time.perf_counter() - start

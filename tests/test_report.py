@@ -181,6 +181,8 @@ def test_every_model_of_the_collection_can_be_reported(name: str, small_screen: 
         name in ("cpa_vae", "sccvae_parity", "discrepancy_vae", "linear_lcd", "lcd", "scm", "cite_vae", "perturbed_vae", "additive_eb")
     )  # dense, soft, or none
     assert (tmp_path / "out" / "report.html").is_file()
+    told = found.fit.settings["batch_size"], found.fit.settings["lr"]
+    assert told == {"sccvae_parity": (32, 5e-4), "discrepancy_vae": (32, 1e-3)}.get(name, (256, 3e-3))  # as published
     if mask is None:
         assert any("no target mask" in w for w in found.words) and found.truth is None
     else:
