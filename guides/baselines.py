@@ -31,6 +31,7 @@ from pyrocausal.closed_form import Conditions, Estimate
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
+from pyrocausal.models.baselines import each_once
 from pyrocausal.shrunk_interactions import shrunk_interactions
 
 LEAST_SD = 1e-6
@@ -90,7 +91,7 @@ class Baseline(PyroModule):
             self.register_buffer(name, torch.zeros(n_genes))
         for name in BY_PERTURBATION:
             self.register_buffer(name, torch.zeros(n_perturbations, n_genes))
-        self.combinations = combinations if kind == "condition_eb" else ()
+        self.combinations = each_once(combinations, kind)
         if self.combinations:
             for name in BY_COMBINATION:
                 self.register_buffer(f"interaction_{name}", torch.zeros(len(self.combinations), n_genes))

@@ -5,7 +5,7 @@
     a    ~ Normal(centre, baseline_scale^2)                  mean of untreated cells, on the scale of effects; vague
     m    ~ Normal(0, shared_scale^2)                         shift that perturbations share
     e_p  ~ Normal(m, effect_scale_p^2)                       effect of perturbation p; vague but for the shrunk ones
-    i_q  ~ Normal(0, interaction_scale_q^2)                  of combination q beyond the sum of its parts; condition_eb only
+    i_q  ~ Normal(0, interaction_scale_q^2)                  of combination q beyond the sum; condition_eb only, 0 where no cell received q
     y_n  = a + w_n e + v_n i,   w_n = dose_n ("sum") or dose_n over the number of its non-zeros ("mean"),
                                 v_nq = product of the doses of the parts of q, if the cell received no others
     x_n  ~ Normal(y_n, sigma^2),                                          normalised data, or
@@ -44,7 +44,8 @@ site             shape         kind           meaning
 ``x``            [cells, G]    observed       expression
 ===============  ============  =============  =================================
 
-Batches and times are pooled. **Identified:** effects of what was measured. **Assumed:** everything about combinations.
+Batches and times are pooled. **Identified:** effects of what was measured. **Assumed:** everything about combinations
+(for ``condition_eb``, about those that were not measured).
 """
 
 from __future__ import annotations
@@ -68,6 +69,14 @@ Kind = Literal[
     "ridge_embedding", "linear_embedding",
 ]  # fmt: skip
 LEAST_RATE = 1e-8
+
+
+def each_once(combinations: Sequence[Sequence[int]], kind: str) -> list[tuple[int, ...]]:
+    """Combinations in order, each once, its parts in order; refused for a baseline without interactions."""
+    out = sorted({tuple(sorted(int(p) for p in q)) for q in combinations})
+    if out and kind != "condition_eb":
+        raise PyrocausalError(f"combinations= was given for the baseline {kind!r}, which does not use it; leave it out")
+    return out
 
 
 class Baseline(PyroModule):
@@ -109,13 +118,14 @@ class Baseline(PyroModule):
         self.register_buffer("baseline_scale", torch.ones(n_genes))
         self.register_buffer("shared_scale", torch.ones(n_genes))
         self.register_buffer("effect_scale", torch.ones(self.shape))
-        self.interacts = kind == "condition_eb" and len(combinations) > 0
+        each = each_once(combinations, kind)
+        self.interacts = len(each) > 0
         if self.interacts:
-            most = max(len(q) for q in combinations)
-            padded = [[*q, *[n_perturbations] * (most - len(q))] for q in combinations]  # of a dose that is 1
+            most = max(len(q) for q in each)
+            padded = [[*q, *[n_perturbations] * (most - len(q))] for q in each]  # of a dose that is 1
             self.register_buffer("parts", torch.tensor(padded))
-            self.register_buffer("size", torch.tensor([len(q) for q in combinations]))
-            self.register_buffer("interaction_scale", torch.ones(len(combinations), n_genes))
+            self.register_buffer("size", torch.tensor([len(q) for q in each]))
+            self.register_buffer("interaction_scale", torch.ones(len(each), n_genes))
 
     def combined(self, dose: Tensor) -> Tensor:
         """v: the product of the doses of the parts of each combination, of cells that received these and no others; [..., cells, Q]."""

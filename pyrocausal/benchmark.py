@@ -164,6 +164,8 @@ def plan(data: PerturbationData, models: Models, splits: Sequence[Mapping[str, A
             facts = make_split(data, **({"seed": int(seed)} | dict(settings))).facts()
             for model, role, entry, own, unit in every:
                 what = [model, _plain(entry), _plain(own), facts, int(seed), unit, asdict(options), digest, version]
+                if entry in ENTRIES and ENTRIES[entry].published:
+                    what.append(_plain(ENTRIES[entry].training))
                 key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
                 jobs.append(Job(model, role, entry, own, name, facts, int(seed), unit, key))
     return jobs

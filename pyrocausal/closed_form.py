@@ -104,20 +104,23 @@ def conditions_of(data: PerturbationData, n_prior: float = PRIOR_CELLS) -> Condi
         raise DataError(
             f"{int((size == 0).sum())} control cells and {len(rows)} single perturbations were given; a baseline needs one of each at least"
         )
-    groups = [np.flatnonzero(size == 0), *(np.flatnonzero(column == p) for p in rows)]
-    n, mean, own = _moments(data, groups)
-    freedom = (n - 1)[:, None]
-    pooled = (freedom * own).sum(0) / max(freedom.sum(), 1.0)
-    pooled = np.maximum(pooled, SILENT * pooled.mean() + 1e-12)
-    variance = (freedom * own + n_prior * pooled) / (freedom + n_prior) / n[:, None]
+    n, mean, variance, pooled = moderated_means(data, [np.flatnonzero(size == 0), *(np.flatnonzero(column == p) for p in rows)], n_prior)
     return Conditions(mean[0], variance[0], rows.astype(np.int64), mean[1:], variance[1:], n[1:], pooled)
 
 
-def moderated_means(data: PerturbationData, groups: list[NDArray[np.int64]], pooled: Array) -> tuple[Array, Array]:
-    """Means of groups of cells, [n, G], with their sampling variances, moderated by the ``pooled`` variance of a cell, [G]."""
-    n, mean, own = _moments(data, groups)
+def moderated_means(
+    data: PerturbationData, groups: list[NDArray[np.int64]], n_prior: float = PRIOR_CELLS, pooled: Array | None = None
+) -> tuple[Array, Array, Array, Array]:
+    """Cells [n] and means [n, G] of groups of cells, with their sampling variances, moderated by the ``pooled`` variance of a cell [G]
+    (of these groups, if it is not given), and the latter."""
+    totals = [_totals(data, rows) for rows in groups]
+    n, mean = np.array([t.n for t in totals], dtype=float), np.stack([t.value for t in totals])
+    own = np.nan_to_num(np.stack([t.variance for t in totals])) * n[:, None]
     freedom = (n - 1)[:, None]
-    return mean, (freedom * own + PRIOR_CELLS * pooled) / (freedom + PRIOR_CELLS) / n[:, None]
+    if pooled is None:
+        pooled = (freedom * own).sum(0) / max(freedom.sum(), 1.0)
+        pooled = np.maximum(pooled, SILENT * pooled.mean() + 1e-12)
+    return n, mean, (freedom * own + n_prior * pooled) / (freedom + n_prior) / n[:, None], pooled
 
 
 def unbiased_effects(c: Conditions, n_perturbations: int) -> Estimate:
@@ -144,7 +147,7 @@ def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) ->
     """
     y, s = c.mean, c.variance
     strength, rho = np.ones((len(y), 1)), 0.1
-    live = _live(c.unit_variance)
+    live = live_genes(c.unit_variance)
     tau = c.unit_variance * max(float((c.spread / c.unit_variance)[live].mean()), 1e-8)
     for _ in range(iterations):
         a, m, va, vm, cov, w = _joint(c, strength * tau, rho * tau)
@@ -168,11 +171,17 @@ def common_sizes(square: Array, strength: Array, unit_variance: Array) -> tuple[
     """tau^2 [G] and k [n, 1], of mean 1, from expected squares [n, G] of what has the variance k tau^2, given the k before; moderated."""
     n, n_genes = square.shape
     each = (square / strength).mean(0) / unit_variance
-    typical = np.exp(np.log(np.maximum(each[_live(unit_variance)], 1e-12)).mean())
+    typical = np.exp(np.log(np.maximum(each[live_genes(unit_variance)], 1e-12)).mean())
     tau = unit_variance * (n * each + PRIOR_PERTURBATIONS * typical) / (n + PRIOR_PERTURBATIONS)
     strength = ((square / tau).sum(1, keepdims=True) + PRIOR_GENES) / (n_genes + PRIOR_GENES)
     scale = strength.mean()
     return tau * scale, strength / scale
+
+
+def live_genes(unit_variance: Array) -> NDArray[np.bool_]:
+    """All genes, or all but the silent ones."""
+    live: NDArray[np.bool_] = unit_variance > 1.01 * unit_variance.min()
+    return live if live.any() else ~live
 
 
 def constant_effects(c: Conditions, n_perturbations: int, value: str, weights: str = "perturbation") -> Estimate:
@@ -338,19 +347,6 @@ def noise_of(data: PerturbationData) -> tuple[Array, str]:
 
 
 # -- parts ---------------------------------------------------------------------------------------------------------------------
-
-
-def _moments(data: PerturbationData, groups: list[NDArray[np.int64]]) -> tuple[Array, Array, Array]:
-    """Cells [n], means and variances of a cell [n, G] (0 of a single cell) of groups of cells."""
-    totals = [_totals(data, rows) for rows in groups]
-    n = np.array([t.n for t in totals], dtype=float)
-    return n, np.stack([t.value for t in totals]), np.nan_to_num(np.stack([t.variance for t in totals])) * n[:, None]
-
-
-def _live(unit_variance: Array) -> NDArray[np.bool_]:
-    """All genes, or all but the silent ones."""
-    live: NDArray[np.bool_] = unit_variance > 1.01 * unit_variance.min()
-    return live if live.any() else ~live
 
 
 def _joint(c: Conditions, between: Array, shared: Array) -> tuple[Array, Array, Array, Array, Array, Array]:

@@ -25,7 +25,7 @@ class Entry:
     answers: str
     fixed: tuple[tuple[str, Any], ...] = ()
     data_kind: str = "any"  # "normalised": not for counts
-    published: tuple[tuple[str, Any], ...] = ()  # settings of pc.fit, of models that stand here as they were published
+    published: tuple[tuple[str, Any], ...] = ()  # settings of pc.fit: batch size, rate and KL schedule of the paper
 
     @property
     def training(self) -> dict[str, Any]:
@@ -120,7 +120,7 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
     accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
     own = [int(g) for g in data.genes.get_indexer(data.perturbations)]
     defaults = {"n_batches": len(data.batches), "likelihood": likelihood, "own_genes": own if max(own, default=-1) >= 0 else None}
-    defaults |= {"combinations": data.combinations}
+    defaults |= {"combinations": data.combinations} if name == "condition_eb" else {}
     times = data.time if data.path_times is None else data.path_times
     defaults |= {} if times is None else {"times": [float(t) for t in np.unique(times)]}
     defaults = {k: v for k, v in defaults.items() if k in accepted}

@@ -1,4 +1,4 @@
-"""What a combination does beyond the sum of its parts, as its own cells tell it, shrunk: the last line of the baseline ``condition_eb``.
+"""What a combination does beyond the sum of its parts, as its own cells tell it, shrunk: the interactions of ``condition_eb``.
 
 Per gene, for a combination q of the training cells with mean ``y_q`` (on the scale of :mod:`pyrocausal.closed_form`) and sampling variance
 ``s_q^2``, and the law of untreated mean a and effects e that single perturbations gave (an :class:`~pyrocausal.closed_form.Estimate`)::
@@ -10,12 +10,14 @@ Per gene, for a combination q of the training cells with mean ``y_q`` (on the sc
 
     E[a + sum e + i | y_q] = a^ + sum e^ + K_q r_q,   Var = K_q s_q^2,   Cov with a + sum e = (1 - K_q) V_q
 
-tau^2 and k maximise the marginal likelihood of the r_q as in :func:`~pyrocausal.closed_form.shrunk_effects`. Parts keep the law that single
-perturbations gave them, ``d_q = (a - a^) + sum (e_p - e^_p)``; so that the sum has the moments above, ::
+Parts keep the law that single perturbations gave them, ``d_q = (a - a^) + sum (e_p - e^_p)``; so that the sum has the moments above, ::
 
     i_q | a, e ~ Normal(K_q (r_q - d_q), sd_q^2),   sd_q^2 = s_q^2 ((b_q + V_q)^2 + b_q s_q^2) / (b_q + V_q + s_q^2)^2
 
-A combination that no cell received has i = 0, and ``condition_eb`` is ``additive_eb`` there.
+tau^2 and k are found as in :func:`~pyrocausal.closed_form.shrunk_effects`, as if the r_q were independent. Doses of the training cells are
+taken for 1. A combination that no cell received has i = 0: there ``condition_eb`` is ``additive_eb``, however large interactions are.
+
+Cannot see: whether all pairs of a part that was never measured alone depart because of that part.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pyrocausal.closed_form import Array, Conditions, Estimate, common_sizes, moderated_means
+from pyrocausal.closed_form import RATIOS, Array, Conditions, Estimate, common_sizes, live_genes, moderated_means
 from pyrocausal.data import PerturbationData
 
 ITERATIONS = 60
@@ -36,8 +38,7 @@ class Interactions:
     """The law of the interactions of Q combinations given a and e.
 
     Attributes:
-        value: K r, [Q, G]. gain: K. sd: standard deviations. All are 0 for a combination without cells.
-        prior: sqrt(b), [Q, G].
+        value: K r, [Q, G]. gain: K. sd: standard deviations. prior: sqrt(b). All are 0 for a combination without cells.
     """
 
     value: Array
@@ -60,22 +61,23 @@ def shrunk_interactions(data: PerturbationData, c: Conditions, law: Estimate, co
     alike = (received @ part.T == part.sum(1)) & (np.asarray(received.sum(1)) == part.sum(1))  # [cells, Q]
     cells = [np.flatnonzero(alike[:, q]) for q in range(len(part))]
     seen = np.flatnonzero([len(rows) > 0 for rows in cells])
-    empty = Interactions(*(np.zeros(shape) for _ in range(4)))
+    out = Interactions(*(np.zeros(shape) for _ in range(4)))
     if not len(seen):
-        return empty
-    y, s = moderated_means(data, [cells[q] for q in seen], c.unit_variance)
+        return out
+    _, y, s, _ = moderated_means(data, [cells[q] for q in seen], pooled=c.unit_variance)
     w = part[seen]
     on_control = 1 + w @ law.on_control
     V = (on_control * law.control_on_shared + w @ law.on_shared) ** 2 * law.shared_sd**2
     V += on_control**2 * law.control_sd**2 + w @ law.effect_sd**2
     r, v = y - law.control - w @ law.effect, V + s
-    k, tau = np.ones((len(seen), 1)), c.unit_variance * max(float(((r**2 - v) / c.unit_variance).mean()), 1e-8)
+    k, live = np.ones((len(seen), 1)), live_genes(c.unit_variance)
+    start = [np.log(v + x * c.unit_variance)[:, live].sum() + (r**2 / (v + x * c.unit_variance))[:, live].sum() for x in RATIOS]
+    tau = c.unit_variance * RATIOS[int(np.argmin(start))]
     for _ in range(ITERATIONS):
         weight = k * tau / (k * tau + v)
         tau, k = common_sizes((weight * r) ** 2 + weight * v, k, c.unit_variance)
     b = k * tau
     K = (b + V) / (b + v)
-    out = Interactions(empty.value, empty.gain, empty.sd, np.tile(np.sqrt(tau), (shape[0], 1)))
     out.value[seen], out.gain[seen], out.prior[seen] = K * r, K, np.sqrt(b)
     out.sd[seen] = np.sqrt(s * ((b + V) ** 2 + b * s)) / (b + v)
     return out

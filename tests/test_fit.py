@@ -381,8 +381,8 @@ def test_steps_of_an_epoch_are_counted(data: pc.PerturbationData, name: str) -> 
     model, guide = pc.build(name, screen, **({"draws": 0} if name == "linear_lcd" else {"n_latent": 5}), seed=0)
     own = getattr(guide, "after_step", lambda *of: None)
     guide.after_step = lambda *of: (taken.append(1), own(*of))
-    pc.fit(model, guide, screen, max_epochs=2, batch_size=32, progress=False)
-    assert len(taken) == 2 * steps_per_epoch(model, screen, 32)
+    pc.fit(model, guide, screen, max_epochs=2, batch_size=7, progress=False)  # conditions of 16 and 20
+    assert len(taken) == 2 * steps_per_epoch(model, screen, 7)
     conditions = len(set(screen.labels))
     if name == "linear_lcd":
         assert steps_per_epoch(model, screen) == 1
