@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
+from threading import Thread
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -148,8 +149,21 @@ def _start(data: PerturbationData, options: Options, folder: Path) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends its workers
+    end_with_parent()
     torch.set_num_threads(1)
     _worker[:] = [_Worker(data, options, folder)]
+
+
+def end_with_parent(every: float = 2.0) -> None:
+    """End this process soon after its parent, which may be killed without a word: what is half done is not written."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(every)
+        os._exit(1)
+
+    Thread(target=watch, daemon=True).start()
 
 
 def _work(job: Job) -> str:

@@ -3,6 +3,9 @@
 import itertools
 import json
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -267,6 +270,21 @@ def test_an_interrupt_inside_a_fit_leaves_no_result(data: pc.PerturbationData, t
     with pytest.raises(KeyboardInterrupt):
         pc.benchmark(data, seeds=(0,), out=tmp_path / "b", progress=False, **FAST)
     assert len(list((tmp_path / "b" / "jobs").iterdir())) == len(DUPLICATES)
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
+    script = tmp_path / "parent.py"
+    script.write_text(
+        "import time\nfrom multiprocessing import get_context\nfrom pyrocausal.benchmark_run import end_with_parent\n"
+        "def work():\n    end_with_parent(0.1)\n    print('works', flush=True)\n    time.sleep(60)\n"
+        "if __name__ == '__main__':\n    get_context('spawn').Process(target=work).start()\n    time.sleep(60)\n"
+    )
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == "works\n"
+        start = time.monotonic()
+        parent.kill()
+        assert parent.stdout.read() == ""  # the end of the stream: nobody is left who could write
+    assert time.monotonic() - start < 20
 
 
 def test_the_key_of_a_job_is_everything_that_determines_it(data: pc.PerturbationData) -> None:
