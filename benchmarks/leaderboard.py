@@ -168,8 +168,8 @@ def markdown(results: dict[str, pc.Benchmark], quick: bool) -> str:
         f"{LCD_GENES} genes (hours a fit).",
         "",
         "**To be mended** (tables of `log1p_cp10k`): a condition is measured as the sum of its counts over the sum of its libraries, "
-        "a model answers the mean over cells of their shares. Where the composition follows the library size the two differ, in control "
-        "cells by an L2 of 1.8 (schraivogel2020) and 1.1 (norman2019), and models of counts lose by that alone.",
+        "a model answers the mean over cells of their shares. Where the composition follows the library size the two differ, and models of "
+        "counts lose by that alone.",
     ]
     for name, result in results.items():
         for (split, unit), rows in result.table.groupby(["split", "unit"], sort=False):

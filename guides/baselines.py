@@ -31,8 +31,7 @@ from pyrocausal.closed_form import Conditions, Estimate
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
-from pyrocausal.models.baselines import each_once
-from pyrocausal.shrunk_interactions import shrunk_interactions
+from pyrocausal.shrunk_interactions import each_once, shrunk_interactions
 
 LEAST_SD = 1e-6
 BY_GENE = ("shared", "shared_sd", "control", "control_sd", "control_on_shared")
@@ -56,6 +55,7 @@ class Baseline(PyroModule):
     """
 
     closed_form: ClassVar = True
+    part: Tensor
 
     def __init__(
         self,
@@ -91,12 +91,13 @@ class Baseline(PyroModule):
             self.register_buffer(name, torch.zeros(n_genes))
         for name in BY_PERTURBATION:
             self.register_buffer(name, torch.zeros(n_perturbations, n_genes))
-        self.combinations = each_once(combinations, kind)
-        if self.combinations:
+        each = each_once(combinations, kind)
+        self.interacts = len(each) > 0
+        if self.interacts:
             for name in BY_COMBINATION:
-                self.register_buffer(f"interaction_{name}", torch.zeros(len(self.combinations), n_genes))
-            part = torch.zeros(len(self.combinations), n_perturbations)
-            for q, parts in enumerate(self.combinations):
+                self.register_buffer(f"interaction_{name}", torch.zeros(len(each), n_genes))
+            part = torch.zeros(len(each), n_perturbations)
+            for q, parts in enumerate(each):
                 part[q, list(parts)] = 1.0
             self.register_buffer("part", part)
 
@@ -106,7 +107,7 @@ class Baseline(PyroModule):
         a = pyro.sample("baseline", _normal(t["control"] + t["control_on_shared"] * (m - t["shared"]), t["control_sd"]).to_event(1))
         moved = t["on_control"] * (a - t["control"]).unsqueeze(-2) + t["on_shared"] * (m - t["shared"]).unsqueeze(-2)
         e = pyro.sample("effect", _normal(t["effect"] + moved, t["effect_sd"]).to_event(2))
-        if self.combinations:
+        if self.interacts:
             d = (a - t["control"]).unsqueeze(-2) + t["part"] @ (e - t["effect"])
             loc = t["interaction_value"] - t["interaction_gain"] * d
             pyro.sample("interaction", _normal(loc, t["interaction_sd"]).to_event(2))
@@ -117,8 +118,8 @@ class Baseline(PyroModule):
         estimate = self.estimate(conditions, data)
         for name in (*BY_GENE, *BY_PERTURBATION):
             getattr(self, name).copy_(torch.from_numpy(getattr(estimate, name)))
-        if self.combinations:
-            found = shrunk_interactions(data, conditions, estimate, self.combinations)
+        if self.interacts:
+            found = shrunk_interactions(data, conditions, estimate, self.part.double().numpy())
             for name in BY_COMBINATION:
                 getattr(self, f"interaction_{name}").copy_(torch.from_numpy(getattr(found, name)))
             model.interaction_scale.copy_(torch.from_numpy(np.maximum(found.prior, LEAST_SD)))

@@ -62,6 +62,7 @@ from torch import Tensor
 from pyrocausal.errors import PyrocausalError
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
+from pyrocausal.shrunk_interactions import each_once
 from pyrocausal.structural import mechanism_shift
 
 Kind = Literal[
@@ -69,14 +70,6 @@ Kind = Literal[
     "ridge_embedding", "linear_embedding",
 ]  # fmt: skip
 LEAST_RATE = 1e-8
-
-
-def each_once(combinations: Sequence[Sequence[int]], kind: str) -> list[tuple[int, ...]]:
-    """Combinations in order, each once, its parts in order; refused for a baseline without interactions."""
-    out = sorted({tuple(sorted(int(p) for p in q)) for q in combinations})
-    if out and kind != "condition_eb":
-        raise PyrocausalError(f"combinations= was given for the baseline {kind!r}, which does not use it; leave it out")
-    return out
 
 
 class Baseline(PyroModule):

@@ -21,7 +21,7 @@ import torch
 
 from pyrocausal.collection import ENTRIES, build
 from pyrocausal.data import PerturbationData
-from pyrocausal.epoch import default_epochs, steps_per_epoch
+from pyrocausal.epoch import BATCH_SIZE, default_epochs, steps_per_epoch
 from pyrocausal.errors import InterventionError, PyrocausalError
 from pyrocausal.fit import Fit, fit
 
@@ -76,7 +76,7 @@ def run_job(data: PerturbationData, job: Job, options: Options) -> dict[str, Any
 
 
 def _fitted(job: Job, train: PerturbationData, validation: PerturbationData | None, names: tuple[str, ...], options: Options) -> Fit:
-    training: dict[str, Any] = {"batch_size": 256}
+    training: dict[str, Any] = {"batch_size": BATCH_SIZE}
     if isinstance(job.entry, str):
         training, pair = ENTRIES[job.entry].training, build(job.entry, train, seed=job.seed, **job.settings)
     else:

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pyrocausal.data import PerturbationData
+from pyrocausal.epoch import BATCH_SIZE
 from pyrocausal.errors import PyrocausalError, nearest
 
 
@@ -30,7 +31,7 @@ class Entry:
     @property
     def training(self) -> dict[str, Any]:
         """Settings of ``pc.fit`` where nothing else is asked for."""
-        return {"batch_size": 256} | dict(self.published)
+        return {"batch_size": BATCH_SIZE} | dict(self.published)
 
 
 ENTRIES = {
@@ -120,7 +121,7 @@ def build(name: str, data: PerturbationData, *, seed: int = 0, **settings: Any) 
     accepted = set().union(*(_accepted(c) for c in _classes(ENTRIES[name])))
     own = [int(g) for g in data.genes.get_indexer(data.perturbations)]
     defaults = {"n_batches": len(data.batches), "likelihood": likelihood, "own_genes": own if max(own, default=-1) >= 0 else None}
-    defaults |= {"combinations": data.combinations} if name == "condition_eb" else {}
+    defaults |= {"combinations": [list(q) for q in data.combination_cells()]} if name == "condition_eb" else {}
     times = data.time if data.path_times is None else data.path_times
     defaults |= {} if times is None else {"times": [float(t) for t in np.unique(times)]}
     defaults = {k: v for k, v in defaults.items() if k in accepted}

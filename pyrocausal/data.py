@@ -180,13 +180,13 @@ class PerturbationData:
         """Whether each unit was seen at all times and has one treatment (so it is of cells that were seen once)."""
         return self.path is None or (self.course is None and not bool(np.isnan(self.path[..., 0]).any()))
 
-    @property
-    def combinations(self) -> list[list[int]]:
-        """Columns of the perturbations of each combination that a cell received, in increasing order."""
+    def combination_cells(self) -> dict[tuple[int, ...], NDArray[np.int64]]:
+        """Rows of the cells of each combination, by the columns of its perturbations in increasing order."""
         several = np.flatnonzero(np.diff(self.dose.indptr) > 1)
-        first = several[np.unique(self.labels[several].astype(str), return_index=True)[1]]
-        found = {tuple(sorted(self.dose.indices[self.dose.indptr[i] : self.dose.indptr[i + 1]].tolist())) for i in first}
-        return [list(q) for q in sorted(found)]
+        _, first, code = np.unique(self.labels[several].astype(str), return_index=True, return_inverse=True)
+        starts = self.dose.indptr[several[first]], self.dose.indptr[several[first] + 1]
+        parts = [tuple(sorted(self.dose.indices[low:high].tolist())) for low, high in zip(*starts, strict=True)]
+        return {parts[k]: several[code == k] for k in sorted(range(len(parts)), key=lambda k: parts[k])}
 
     def condition_counts(self) -> tuple[int, int]:
         """Numbers of distinct single perturbations and of distinct combinations among the cells."""

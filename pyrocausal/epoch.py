@@ -20,10 +20,11 @@ from pyrocausal.errors import ContractError
 from pyrocausal.loading import Batch, batches, batches_by_condition
 from pyrocausal.optimiser import learning_rate_factor
 
+BATCH_SIZE = 256  # cells per step
 STEPS = 3000, 4000  # gradient steps below which epochs are added, and above which they are taken away
 
 
-def steps_per_epoch(model: Any, data: PerturbationData, batch_size: int = 256) -> int:
+def steps_per_epoch(model: Any, data: PerturbationData, batch_size: int = BATCH_SIZE) -> int:
     """Gradient steps of a pass over the cells: minibatches of all cells; of each condition apart (``batching="condition"``); or one, of the
     moments of the screen (``"moments"``)."""
     batching = getattr(model, "batching", "cells")
@@ -117,7 +118,7 @@ def held_out_elbo(
     loss_module: nn.Module,
     held: PerturbationData,
     n_train: int,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     device: torch.device | str = "cpu",
     seed: int = 0,
     controls: PerturbationData | None = None,

@@ -34,7 +34,7 @@ from pyrocausal import io
 from pyrocausal.checkpoint import State, restore, store
 from pyrocausal.data import PerturbationData
 from pyrocausal.elbo import ELBO
-from pyrocausal.epoch import held_out_elbo, no_grad_if, run_epoch
+from pyrocausal.epoch import BATCH_SIZE, held_out_elbo, no_grad_if, run_epoch
 from pyrocausal.errors import ContractError, DataError
 from pyrocausal.loading import Batch, moment_batch
 from pyrocausal.optimiser import learning_rates_of, parameter_groups
@@ -87,7 +87,7 @@ def fit(
     data: PerturbationData,
     *,
     max_epochs: int = 100,
-    batch_size: int = 256,
+    batch_size: int = BATCH_SIZE,
     lr: float = 3e-3,
     learning_rates: dict[str, float] | None = None,
     schedule: str = "cosine",

@@ -29,6 +29,7 @@ import numpy as np
 
 from pyrocausal.closed_form import RATIOS, Array, Conditions, Estimate, common_sizes, live_genes, moderated_means
 from pyrocausal.data import PerturbationData
+from pyrocausal.errors import PyrocausalError
 
 ITERATIONS = 60
 
@@ -47,24 +48,28 @@ class Interactions:
     prior: Array
 
 
-def shrunk_interactions(data: PerturbationData, c: Conditions, law: Estimate, combinations: Sequence[Sequence[int]]) -> Interactions:
-    """Interactions of ``combinations`` (columns of their parts); see the module's docstring.
+def each_once(combinations: Sequence[Sequence[int]], kind: str) -> list[tuple[int, ...]]:
+    """Combinations in order, each once, its parts in order; refused for a baseline without interactions."""
+    out = sorted({tuple(sorted(int(p) for p in q)) for q in combinations})
+    if out and kind != "condition_eb":
+        raise PyrocausalError(f"combinations= was given for the baseline {kind!r}, which does not use it; leave it out")
+    return out
+
+
+def shrunk_interactions(data: PerturbationData, c: Conditions, law: Estimate, part: Array) -> Interactions:
+    """Interactions of combinations; see the module's docstring.
 
     Args:
         c: conditions of the same cells, whose pooled variances moderate those of combinations. law: of a and e.
+        part: 1 for the parts of each combination, [Q, P].
     """
-    shape = (len(combinations), len(c.control))
-    part = np.zeros((len(combinations), len(data.perturbations)))
-    for q, parts in enumerate(combinations):
-        part[q, list(parts)] = 1.0
-    received = (data.dose != 0).astype(float)
-    alike = (received @ part.T == part.sum(1)) & (np.asarray(received.sum(1)) == part.sum(1))  # [cells, Q]
-    cells = [np.flatnonzero(alike[:, q]) for q in range(len(part))]
-    seen = np.flatnonzero([len(rows) > 0 for rows in cells])
-    out = Interactions(*(np.zeros(shape) for _ in range(4)))
-    if not len(seen):
+    received = data.combination_cells()
+    cells = {q: received[key] for q, row in enumerate(part) if (key := tuple(np.flatnonzero(row).tolist())) in received}
+    out = Interactions(*(np.zeros((len(part), len(c.control))) for _ in range(4)))
+    if not cells:
         return out
-    _, y, s, _ = moderated_means(data, [cells[q] for q in seen], pooled=c.unit_variance)
+    seen = list(cells)
+    _, y, s, _ = moderated_means(data, list(cells.values()), pooled=c.unit_variance)
     w = part[seen]
     on_control = 1 + w @ law.on_control
     V = (on_control * law.control_on_shared + w @ law.on_shared) ** 2 * law.shared_sd**2

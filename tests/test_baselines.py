@@ -203,13 +203,18 @@ def pairs_screen(
     return pc.PerturbationData.from_anndata(adata, kind="normalised"), truth
 
 
+def part_of(data: pc.PerturbationData) -> np.ndarray:
+    """1 for the parts of each combination, [Q, P]."""
+    return np.array([np.isin(np.arange(len(data.perturbations)), q) for q in data.combination_cells()], float)
+
+
 def test_interactions_are_the_posterior_of_the_stated_model() -> None:
     """The sum with its interaction, and its covariance with the sum alone, against dense linear algebra at the estimated variances."""
     data, _ = pairs_screen(0, 0.5, genes=5)
     n = len(data.perturbations)
-    c, pairs = cf.conditions_of(data), data.combinations
+    c, pairs = cf.conditions_of(data), [list(q) for q in data.combination_cells()]
     law = cf.shrunk_effects(c, n)
-    found = shrunk_interactions(data, c, law, pairs)
+    found = shrunk_interactions(data, c, law, part_of(data))
     x, labels = data.dense(np.float64), np.asarray(data.labels)
     for q, parts in enumerate(pairs):
         own = x[labels == "+".join(data.perturbations[parts])]
@@ -238,20 +243,20 @@ def test_draws_of_condition_eb_have_the_stated_law_and_interactions_are_of_their
     data, _ = pairs_screen(1, 1.0, genes=10)
     c = cf.conditions_of(data)
     law = cf.shrunk_effects(c, len(data.perturbations))
-    found = shrunk_interactions(data, c, law, data.combinations)
-    q = 3
-    pair = data.perturbations[data.combinations[q]]
+    found = shrunk_interactions(data, c, law, part_of(data))
+    q, pairs = 3, [list(k) for k in data.combination_cells()]
+    pair = data.perturbations[pairs[q]]
     fit = fitted("condition_eb", data)
     asked = pc.perturb(pair[0]) & pc.perturb(pair[1])
     told = pc.effects(fit, {"pair": asked, "other way": pc.perturb(pair[1]) & pc.perturb(pair[0])}, draws=4000, cells=1)["effect"]
     np.testing.assert_array_equal(told[0], told[1])
-    g, K = law.effect[data.combinations[q]].sum(0), found.gain[q]
-    on_a = law.on_control[data.combinations[q]].sum(0)
-    on_m = law.on_shared[data.combinations[q]].sum(0)
+    g, K = law.effect[pairs[q]].sum(0), found.gain[q]
+    on_a = law.on_control[pairs[q]].sum(0)
+    on_m = law.on_shared[pairs[q]].sum(0)
     m = np.stack([law.shared_sd, law.control_on_shared * law.shared_sd * (1 + on_a) + on_m * law.shared_sd])
     sum_a = (1 - K) * (1 + on_a) - 1  # of the control's own noise in pair less control
     variance = ((1 - K) * m[1] - law.control_on_shared * law.shared_sd) ** 2 + (sum_a * law.control_sd) ** 2
-    variance += (1 - K) ** 2 * (law.effect_sd[data.combinations[q]] ** 2).sum(0) + found.sd[q] ** 2
+    variance += (1 - K) ** 2 * (law.effect_sd[pairs[q]] ** 2).sum(0) + found.sd[q] ** 2
     ratio = told[0].var("draw", ddof=1).values / variance
     low, high = stats.chi2.ppf([0.001 / 20, 1 - 0.001 / 20], 3999) / 3999
     assert ((low < ratio) & (ratio < high)).all(), ratio
