@@ -166,10 +166,6 @@ def markdown(results: dict[str, pc.Benchmark], quick: bool) -> str:
         "",
         "Left out: " + "; ".join(f"`{k}` ({v})" for k, v in EXCLUDED.items()) + "; `linear_lcd` on counts of more than "
         f"{LCD_GENES} genes (hours a fit).",
-        "",
-        "**To be mended** (tables of `log1p_cp10k`): a condition is measured as the sum of its counts over the sum of its libraries, "
-        "a model answers the mean over cells of their shares. Where the composition follows the library size the two differ, and models of "
-        "counts lose by that alone.",
     ]
     for name, result in results.items():
         for (split, unit), rows in result.table.groupby(["split", "unit"], sort=False):

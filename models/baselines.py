@@ -9,7 +9,7 @@
     y_n  = a + w_n e + v_n i,   w_n = dose_n ("sum") or dose_n over the number of its non-zeros ("mean"),
                                 v_nq = product of the doses of the parts of q, if the cell received no others
     x_n  ~ Normal(y_n, sigma^2),                                          normalised data, or
-           NB(mean = library_n rate, theta),  rate = (exp(y_n) - 1) / 1e4 counts: y is log1p of CP10k of the mean; rate within 1e-8 and 1
+           NB(mean = library_n rate, theta),  rate = (exp(y_n) - 1) / 1e4 counts: y is log1p of mean CP10k; rate within 1e-8 and 1
 
 A vague prior is ten times as wide as what it is of. Everything is set in closed form by the guide, from control cells and single
 perturbations (:mod:`pyrocausal.closed_form`; for ``condition_eb`` also from combinations, :mod:`pyrocausal.shrunk_interactions`):

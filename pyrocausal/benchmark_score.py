@@ -1,8 +1,8 @@
 """How a prediction is judged by held-out cells: panels on the scale of effects, and the scores of an answer on them.
 
 One scale for everything, that of :func:`pyrocausal.effects` and :func:`~pyrocausal.evaluate.measured_effects`: ``y = log1p(1e4 r)`` with
-``r`` the counts over the libraries of a condition's cells (log1p of CP10k of the mean, never the mean of the logarithms), or the mean
-of normalised values. The test cells of every condition, the control included, are halved (:func:`pyrocausal.duplicates.halves`): truth A
+``r`` the mean over a condition's cells of counts over library (log1p of mean CP10k, never the mean of the logarithms), or the mean of
+normalised values. The test cells of every condition, the control included, are halved (:func:`pyrocausal.duplicates.halves`): truth A
 and replicate B. For a condition p, with c the control and e the effect that a model says::
 
     levels    x^_p = c^ + e_p (the model's ``expression``)    against y_p,A           metrics of profiles
@@ -47,7 +47,7 @@ LEVEL = 0.9  # of intervals
 RESPONSIVE = 0.25  # share of the genes that respond
 Cells: TypeAlias = dict[str, tuple[Array, ...]]
 CHANGES = {"pearson_ctrl", "cosine", "rank_cosine", "pds_l1", "r2_w_ctrl"}  # metrics of changes from control
-SCALE = "log1p of CP10k of the mean"
+SCALE = "log1p of mean CP10k"
 SAMPLED = 20  # posterior draws behind sampled cells
 
 

@@ -1,6 +1,6 @@
 """Effects of perturbations in closed form: what the baselines of the collection estimate, with the law of each estimate.
 
-Per gene g, with condition means ``y`` on the scale of :func:`~pyrocausal.evaluate.measured_effects` (log1p of CP10k of the mean for counts,
+Per gene g, with condition means ``y`` on the scale of :func:`~pyrocausal.evaluate.measured_effects` (log1p of mean CP10k for counts,
 the data's own otherwise), c the control and p a single perturbation::
 
     y_c ~ Normal(a, s_c^2)          a: mean of untreated cells

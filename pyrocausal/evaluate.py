@@ -11,7 +11,7 @@ differentially expressed genes, distances between samples of cells, intervals an
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -32,10 +32,14 @@ BASELINES = ("control", "mean", "additive", "train")
 def measured_effects(data: PerturbationData, reference: str = "control") -> xr.Dataset:
     """What the cells of each condition show against those of a reference, gene by gene.
 
-    Counts: ``effect = log1p(1e4 r_c) - log1p(1e4 r_0)`` with ``r = sum of counts / sum of libraries`` over the cells of a condition;
-    normalised data: difference of means. ``se`` is the linearised delete-one-cell jackknife (delta method),
-    ``var r = n/(n-1) sum_i (x_i - r l_i)^2 / (sum l)^2`` with at least one count's error; ``p_value`` is of the two-sided Welch test, and
-    for counts not below that of the exact conditional binomial test, which keeps genes with a handful of counts honest.
+    Counts: ``effect = log1p(1e4 r_c) - log1p(1e4 r_0)`` with ``r = mean_i x_i / l_i`` over the cells of a condition, what
+    :func:`pyrocausal.effects` says of a population; normalised data: difference of means. ``se`` is that of the mean (delta method),
+    ``var r = sum_i (x_i / l_i - r)^2 / (n (n-1))`` with at least one count's error; ``p_value`` is of the two-sided Welch test, and for
+    counts not below that of the conditional binomial test, which keeps genes with a handful of counts honest. There, r counts as a
+    Poisson count ``r N`` at the exposure ``N = n^2 / sum_i 1 / l_i``, which has its mean and variance where all cells have one rate
+    (exact for cells of equal depth).
+
+    The sum of the counts over the sum of the libraries is another quantity, that of the deep cells, wherever composition goes with depth.
 
     Args:
         reference: label of the condition to compare with; ``"control"`` is the screen's control, whatever its label.
@@ -155,24 +159,29 @@ def split_half(data: PerturbationData, seed: int = 0) -> pd.DataFrame:
 
 
 class _Totals(NamedTuple):
-    """Of the cells of one condition: how many, their counts and libraries summed, and the value [G] that follows, with its variance."""
+    """Of the cells of one condition: how many, r [G] (of normalised data the mean), N, the value [G] that follows, and its variance."""
 
     n: int
-    total: Array
-    library: float
+    rate: Array
+    exposure: float
     value: Array
     variance: Array
 
 
 def _totals(data: PerturbationData, rows: NDArray[np.int64]) -> _Totals:
-    x, library = data.x[rows].astype(np.float64), data.library_size[rows].astype(np.float64)
-    counts, n, whole = data.kind == "counts", len(rows), float(library.sum())
-    total, squares = (np.asarray(a.sum(0)).ravel() for a in (x, x.multiply(x) if sp.issparse(x) else x * x))
-    rate = total / whole
-    residual = np.maximum(squares - 2 * rate * (x.T @ library) + rate**2 * (library @ library), float(counts))
+    shares, n, counts = _shares(data, rows), len(rows), data.kind == "counts"
+    total, squares = (np.asarray(a.sum(0)).ravel() for a in (shares, shares.multiply(shares) if sp.issparse(shares) else shares**2))
+    rate, inverse = total / n, float((1 / data.library_size[rows].astype(np.float64)).sum())
+    least = inverse / float(data.library_size[rows].sum(dtype=np.float64)) if counts else 0.0  # mean (1 / l)^2 of the cell of a count
     slope = 1e4 / (1 + 1e4 * rate) if counts else 1.0
-    variance = slope**2 * residual / whole**2 * (n / (n - 1) if n > 1 else np.nan)
-    return _Totals(n, total, whole, np.log1p(1e4 * rate) if counts else rate, variance)
+    variance = slope**2 * np.maximum(squares - n * rate**2, least) / n**2 * (n / (n - 1) if n > 1 else np.nan)
+    return _Totals(n, rate, n**2 / inverse, np.log1p(1e4 * rate) if counts else rate, variance)
+
+
+def _shares(data: PerturbationData, rows: NDArray[np.int64]) -> Any:
+    """x_i / l_i of cells, [n, G], sparse if the counts are; normalised data as they are (their library is 1)."""
+    x, scale = data.x[rows].astype(np.float64), 1 / data.library_size[rows].astype(np.float64)
+    return sp.diags(scale) @ x if sp.issparse(x) else scale[:, None] * x
 
 
 def _p_value(a: _Totals, b: _Totals, counts: bool) -> Array:
@@ -183,7 +192,8 @@ def _p_value(a: _Totals, b: _Totals, counts: bool) -> Array:
         welch = np.where(variance == 0, (effect == 0).astype(float), 2 * stats.t.sf(np.abs(effect) / np.sqrt(variance), df))
     if not counts:
         return welch
-    k, n, share = np.rint(a.total), np.rint(a.total + b.total), a.library / (a.library + b.library)
+    k, other, share = np.rint(a.rate * a.exposure), np.rint(b.rate * b.exposure), a.exposure / (a.exposure + b.exposure)
+    n = k + other
     return np.maximum(welch, np.minimum(1.0, 2 * np.minimum(stats.binom.cdf(k, n, share), stats.binom.sf(k - 1, n, share))))
 
 

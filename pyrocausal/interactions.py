@@ -1,7 +1,7 @@
 """Which pairs of perturbations do something that neither does alone: tests against the additive expectation, with error control.
 
 For a pair A+B whose parts and whose control were measured, gene by gene on the scale of
-:func:`~pyrocausal.evaluate.measured_effects` (counts: log1p of CP10k of the mean; normalised data as they are)::
+:func:`~pyrocausal.evaluate.measured_effects` (counts: log1p of mean CP10k; normalised data as they are)::
 
     interaction = (y_AB - y_c) - (y_A - y_c) - (y_B - y_c) = y_AB - y_A - y_B + y_c
     se^2 = s_AB^2 + s_A^2 + s_B^2 + s_c^2                       the noise of all four groups (delta method)
@@ -33,7 +33,7 @@ from scipy.optimize import minimize
 from pyrocausal.closed_form import noise_of
 from pyrocausal.data import PerturbationData
 from pyrocausal.errors import DataError, nearest
-from pyrocausal.evaluate import _totals
+from pyrocausal.evaluate import _shares, _totals
 
 Array = NDArray[np.float64]
 Null = Literal["theoretical", "empirical"]
@@ -132,8 +132,8 @@ def interaction_tests(
             z = np.sign(t) * stats.norm.isf(stats.t.sf(np.abs(t), df))
         z = np.sign(t) * np.minimum(np.abs(z), 38.0)  # beyond, the tail is not a number
         if counts:
-            rate = sum(g.total for g in groups) / sum(g.library for g in groups)
-            z = np.where(rate * min(g.library for g in groups) >= min_count, z, np.nan)
+            rate = sum(g.rate * g.exposure for g in groups) / sum(g.exposure for g in groups)
+            z = np.where(rate * min(g.exposure for g in groups) >= min_count, z, np.nan)
         z = np.where((variance > 0) & ~(drop_targets & np.isin(data.genes, [a, b])), z, np.nan)
         columns = {
             "pair": pair, "a": a, "b": b, "gene": data.genes, "double": groups[0].value - base.value, "additive": expected - base.value,
@@ -245,19 +245,18 @@ def _groups(data: PerturbationData, pairs: Sequence[str] | None) -> tuple[list[s
 
 def _deviations(data: PerturbationData, rows: NDArray[np.int64]) -> Array:
     """What each cell adds to the deviation of its group's value, [n, G]; their squares sum to the group's variance."""
-    x, library = data.x[rows].astype(np.float64), data.library_size[rows].astype(np.float64)
-    x = np.asarray(x.toarray() if sp.issparse(x) else x)
-    n, whole = len(rows), library.sum()
-    rate = x.sum(0) / whole
+    shares, n = _shares(data, rows), len(rows)
+    shares = np.asarray(shares.toarray() if sp.issparse(shares) else shares)
+    rate = shares.mean(0)
     slope = 1e4 / (1 + 1e4 * rate) if data.kind == "counts" else 1.0
-    return slope * (x - library[:, None] * rate) / whole * np.sqrt(n / (n - 1))
+    return slope * (shares - rate) / np.sqrt(n * (n - 1))
 
 
 def _at_rate(value: Array, library_size: NDArray[np.float32], theta: Array) -> Array:
-    """Variance of log1p CP10k of the mean of negative binomial cells whose expectation is ``value``, [G]."""
-    library = library_size.astype(np.float64)
-    rate, whole = np.maximum(np.expm1(value) / 1e4, 1e-12), library.sum()
-    return (1e4 / (1 + 1e4 * rate)) ** 2 * (rate / whole + rate**2 / theta * (library @ library) / whole**2)
+    """Variance of log1p of mean CP10k of negative binomial cells whose expectation is ``value``, [G]."""
+    n, inverse = len(library_size), float((1 / library_size.astype(np.float64)).sum())
+    rate = np.maximum(np.expm1(value) / 1e4, 1e-12)
+    return (1e4 / (1 + 1e4 * rate)) ** 2 * (rate * inverse / n + rate**2 / theta) / n
 
 
 def _empirical_null(v: Array) -> tuple[float, float]:

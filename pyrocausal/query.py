@@ -2,8 +2,8 @@
 
 All return an ``xarray.Dataset`` with real names as coordinates; the unit, the rung and the noise are in ``attrs``. Units:
 
-``"log1p_cp10k"``  (default for counts) log(1 + 10,000 x expression / library size). Of a population it is the logarithm of the mean, not
-                   the mean of the logarithms, so that it does not depend on depth or dispersion.
+``"log1p_cp10k"``  (default for counts) log(1 + 10,000 x expression / library size). Of a population it is the logarithm of the mean over
+                   cells, not the mean of the logarithms, so that it does not depend on depth or dispersion.
 ``"rate"``         share of the library.
 ``"counts"``       expected or sampled counts at the cell's own library size.
 ``"data"``         the data's own scale (the only unit of Gaussian models).

@@ -32,14 +32,15 @@ where                                  shape           what
 ``uns["truth"]["perturbations"]``      [p]             names; ``targets`` [p] and ``mask`` [p, d] are what they act on
 ``uns["truth"]["conditions"]``         [q]             control, single perturbations, pairs
 ``uns["truth"]["states"]``             [q, d]          mean state of each, of cells in which all of it took, without batch
-``uns["truth"]["expression"]``         [q, d]          the same on the scale of effects (counts: log1p of CP10k of the mean)
+``uns["truth"]["expression"]``         [q, d]          the same on the scale of effects (counts: log1p of 1e4 times the mean share)
 ``uns["truth"]["interaction"]``        [n_pairs, d]    ``e_AB - e_A - e_B`` on that scale, e the effect against control
 ``uns["truth"]["nonadditive"]``        [n_pairs]       ``|interaction|^2 / |e_AB|^2``; ``stratum``: above .2
 ``uns["truth"]["batch"]``              [n_batches, d]  offsets
 =====================================  ==============  ==========================================================================
 
 Means are exact for ``"linear"`` (state), else averages over time of cells that see the same noise under every treatment, so that their
-differences are exact to about ``uns["truth"]["error"]`` (an estimate of the largest standard error of a mean effect).
+differences are exact to about ``uns["truth"]["error"]`` (an estimate of the largest standard error of a mean effect). Shares are of the
+expected counts of a cell; ``dispersion`` moves the mean of the measured ones, s, by about the factor ``1 + (sum s^2 - s) / theta``.
 
 Integration: Euler and Maruyama with step ``DT``, from the noise-free state of the treatment, over ``BURN_IN`` units of time. Source:
 stationary diffusions, Lorch et al. 2024 (arXiv 2310.17405); multiplicative Hill regulation and chemical Langevin noise as in SERGIO
@@ -193,13 +194,19 @@ def regulatory_screen(
     shift, held = acts(design, (design.sum(1) > 0).astype(float))
     read = _read_out(mechanism, mu, sd)
     unit = rng_read.lognormal(0.0, 1.0, n_genes) if counts else np.ones(n_genes)
-    truth_of = _moments(system, shift[:, None], held[:, None], noise_seed, read if counts else None)
+
+    def read_shares(x: Array) -> Array:
+        """Relative expression of states and its shares of the library, [..., 2 d]."""
+        relative = read(x)
+        rate = unit * relative
+        return np.concatenate([relative, rate / rate.sum(-1, keepdims=True)], -1)
+
+    truth_of = _moments(system, shift[:, None], held[:, None], noise_seed, read_shares if counts else None)
     states = truth_of.mean if mechanism != "linear" else _linear_means(system, shift, held)
     if counts:
         total = 20.0 * n_genes if library_size is None else library_size
-        unit *= total / (unit @ truth_of.read[0])
-        expected = unit * truth_of.read
-        expression = np.log1p(1e4 * expected / expected.sum(1, keepdims=True))
+        unit *= total / (unit @ truth_of.read[0, :n_genes])
+        expression = np.log1p(1e4 * truth_of.read[:, n_genes:])
     else:
         expression = states
 
@@ -288,7 +295,7 @@ def _moments(system: System, shift: Array, held: Array, seed: int, read: Any = N
     """Averages over PATHS cells and over time of every treatment, [q, 1, d] each, under the same noise."""
     rng = np.random.default_rng(seed)
     x = np.repeat(_relaxed(system, shift[:, 0], held[:, 0])[:, None], PATHS, axis=1)
-    total, square, out = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
+    total, square, out = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x if read is None else read(x))
     burn, n = round(BURN_IN / DT), round(AVERAGED / DT)
     for t in range(burn + n):
         x = system.step(x, shift, held, rng.standard_normal(x.shape[1:]))

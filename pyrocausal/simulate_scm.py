@@ -89,8 +89,8 @@ def scm_screen(
     expression = states
     if counts:
         paths = sigma * rng_truth.standard_normal((PATHS, d))
-        rate = np.stack([np.exp((solve(paths, shift[q], held[q]) - mean) / spread / 2 - 0.125).mean(0) for q in range(len(design))])
-        expression = np.log1p(1e4 * rate / rate.sum(1, keepdims=True))
+        rates = (np.exp((solve(paths, shift[q], held[q]) - mean) / spread / 2 - 0.125) for q in range(len(design)))
+        expression = np.log1p(1e4 * np.stack([(rate / rate.sum(1, keepdims=True)).mean(0) for rate in rates]))
     label = np.array(_conditions(names, pairs), dtype=object)
     obs = pd.DataFrame({"perturbation": pd.Categorical(label[code])}, index=pd.Index(_names("cell", len(code))))
     y: Any = sp.csr_matrix(rng_cell.poisson(np.exp(v / 2 - 0.125)).astype(np.float32)) if counts else v.astype(np.float32)

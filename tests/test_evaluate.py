@@ -269,8 +269,7 @@ def direct(data: pc.PerturbationData) -> pd.DataFrame:
     """Effects by pandas: [conditions, genes]."""
     frame = pd.DataFrame(data.dense(np.float64), columns=data.genes)
     if data.kind == "counts":
-        sums = frame.groupby(data.labels).sum()
-        value = np.log1p(1e4 * sums.div(sums.sum(axis=1), axis=0))
+        value = np.log1p(1e4 * frame.div(frame.sum(axis=1), axis=0).groupby(data.labels).mean())
     else:
         value = frame.groupby(data.labels).mean()
     return (value - value.loc[data.control]).drop(data.control)
@@ -296,8 +295,8 @@ def test_standard_errors_agree_with_the_bootstrap(counts: pc.PerturbationData) -
 
     def resampled(label: str) -> np.ndarray:
         mine = x[counts.labels == label]
-        total = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=draws) @ mine
-        return np.log1p(1e4 * total / total.sum(1, keepdims=True))
+        weight = rng.multinomial(len(mine), np.full(len(mine), 1 / len(mine)), size=draws) / len(mine)
+        return np.log1p(1e4 * weight @ (mine / mine.sum(1, keepdims=True)))
 
     measured = ev.measured_effects(counts)
     for label in ("A", "B", "A+B"):
@@ -309,8 +308,8 @@ def test_standard_errors_agree_with_the_bootstrap(counts: pc.PerturbationData) -
 def test_standard_errors_agree_with_deleting_one_cell(counts: pc.PerturbationData) -> None:
     def deleted(label: str) -> np.ndarray:
         mine = counts.dense(np.float64)[counts.labels == label]
-        rest = mine.sum(0) - mine
-        value = np.log1p(1e4 * rest / rest.sum(1, keepdims=True))
+        share = mine / mine.sum(1, keepdims=True)
+        value = np.log1p(1e4 * (share.sum(0) - share) / (len(mine) - 1))
         return (len(mine) - 1) * value.var(0)
 
     expected = np.sqrt(deleted("A") + deleted("control"))
@@ -377,6 +376,36 @@ def test_false_discoveries_on_null_screens_are_at_most_nominal(n_control: int, n
     assert share.mean() < 0.05 + 3 * share.std() / np.sqrt(len(share))
     assert share.mean() > (0.02 if log_mean > -2 else 0.005)  # and not by never finding anything
     assert found.mean() < 0.05 + 3 * np.sqrt(0.05 * 0.95 / len(found))  # .083
+
+
+def test_every_cell_counts_alike_however_deep_it_is() -> None:
+    """Two kinds of cells, the second ten times deeper, treated or not half of the cells each: depth alone then changes nothing."""
+    rng = np.random.default_rng(0)
+    share, depth = np.array([[0.5, 0.3, 0.2], [0.1, 0.3, 0.6]]), np.array([2e3, 2e4])
+    kind = np.tile([0, 1], 1000)
+    deeper = np.where((np.arange(2000) >= 1000) & (kind == 1), 4.0, 1.0)  # treated cells of the second kind are deeper still
+    x = rng.poisson(share[kind] * (depth[kind] * deeper)[:, None])
+    measured = ev.measured_effects(screen(x, ["control"] * 1000 + ["A"] * 1000))
+    se = measured["se"].to_numpy()
+    assert (np.abs(measured["effect"]) < 4 * se).all()  # false alarms: 2 in 10,000
+    sums = [np.log(x[:1000].sum(0) / x[:1000].sum()), np.log(x[1000:].sum(0) / x[1000:].sum())]
+    assert np.abs(sums[1] - sums[0])[0] > 5 * se[0, 0]  # what summing over cells would make of it
+
+
+def test_the_conditional_test_keeps_its_level_at_unequal_depth() -> None:
+    """Poisson cells of log-normal depth (sd 1.2), 30 treated and 1,000 not, about one count of a gene among the treated, 200 screens: of
+    p-values at most .05 are below .05 (three standard errors over screens); at equal depth the test is the binomial one of counts."""
+    share = np.empty(200)
+    for seed in range(len(share)):
+        rng = np.random.default_rng(seed)
+        depth = rng.lognormal(0.0, 1.2, (1030, 1))
+        x = sp.csr_matrix(np.hstack([rng.poisson(2000 * depth) + 1, rng.poisson(0.03 * depth * np.ones(200))]))
+        measured = ev.measured_effects(screen(x[:, np.asarray(x.sum(0)).ravel() > 0], ["control"] * 1000 + ["A"] * 30))
+        share[seed] = (measured["p_value"].to_numpy()[0, 1:] < 0.05).mean()
+    assert share.mean() < 0.05 + 3 * share.std() / np.sqrt(len(share))
+    data = screen(np.array([[3.0, 97.0]] * 20 + [[1.0, 99.0]] * 20), ["control"] * 20 + ["A"] * 20)
+    p = ev._p_value(ev._totals(data, np.arange(20)), ev._totals(data, np.arange(20, 40)), True)
+    assert p[0] == pytest.approx(stats.binomtest(60, 80).pvalue)
 
 
 def test_planted_changes_are_found_and_benjamini_hochberg_is_by_intervention(counts: pc.PerturbationData) -> None:
