@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pyrocausal.data import PerturbationData
 from pyrocausal.dynamics.bootstrap import deconvolved_moments, maximise, weighted_moments
-from pyrocausal.dynamics.stationary import linear_system, stationary_mean
+from pyrocausal.dynamics.stationary import MeasuredNormal, StationaryNormal, linear_system, stationary_mean
 from pyrocausal.loading import Batch, moment_batch
 from pyrocausal.nn import inverse_softplus
 from pyrocausal.structural import mechanism_shift
@@ -103,7 +103,7 @@ class LinearLCD(PyroModule):
             pyro.sample("penetrance", dist.Delta(self.penetrance_logits.sigmoid(), event_dim=1))
         if batch.x is None or batch.moments is not None or not (self.counts or self.learned_penetrance):
             return
-        M, factor, _ = linear_system(self.chart, self.unit, values["covariance_free"], values["curl_free"], values.get("log_sigma"))
+        M, factor, D = linear_system(self.chart, self.unit, values["covariance_free"], values["curl_free"], values.get("log_sigma"))
         baseline = self.centre + values["baseline_free"] @ self.chart.T
         effect = self.on_target * self.unit * values["target_shift"].unsqueeze(-1)
         if "off_target" in values:
@@ -115,13 +115,8 @@ class LinearLCD(PyroModule):
             if not self.counts:
                 return
             mu = baseline + stationary_mean(M, mechanism_shift(dose, effect))
-            precision = torch.cholesky_inverse(factor)
             a, h = self._pseudo_observations(x, batch.library_size.to(x.dtype))
-            total = precision + torch.diag_embed(h)
-            pull = (mu.unsqueeze(-2) @ precision).squeeze(-2) if precision.dim() > 2 else mu @ precision
-            factor_q = torch.linalg.cholesky(total)
-            loc = torch.cholesky_solve((pull + h * a).unsqueeze(-1), factor_q).squeeze(-1)
-            pyro.sample("u", dist.MultivariateNormal(loc, precision_matrix=total))
+            pyro.sample("u", MeasuredNormal(StationaryNormal(mu, factor, M, D), a, h))
 
     def _pseudo_observations(self, x: Tensor, library_size: Tensor) -> tuple[Tensor, Tensor]:
         """What the count of each gene says of its state: value and precision, [n, d] each."""

@@ -153,7 +153,7 @@ def test_penetrance_is_learned():
 def law(fit, data, act, cells=2):
     """The law of ``x`` under pc.do, of the point system."""
     sampled = {k: torch.as_tensor(v[0]) for k, v in global_draws(fit, 1).items()}
-    given = {k: torch.as_tensor(v[0]) for k, v in tables(fit).items() if k == "graph"}
+    given = {k: torch.tensor(v[0]) for k, v in tables(fit).items() if k == "graph"}
     model = pc.do(poutine.condition(fit.model, data=sampled), act, data, given=given) if act is not None else fit.model
     with torch.no_grad():
         batch = data.batch(range(cells))

@@ -23,7 +23,7 @@ import pandas as pd
 import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
-from torch.distributions import Independent, MultivariateNormal, Normal, constraints
+from torch.distributions import Independent, Normal, constraints
 from torch.distributions.kl import register_kl
 
 from pyrocausal.dynamics.lyapunov import lyapunov, spectral_abscissa, sylvester
@@ -286,11 +286,82 @@ def _kl_independent(q: Independent, p: StationaryNormal) -> Tensor:
 # -- parts -----------------------------------------------------------------------------------------------------------------------
 
 
-@register_kl(MultivariateNormal, StationaryNormal)
-def _kl_multivariate(q: MultivariateNormal, p: StationaryNormal) -> Tensor:
-    precision = torch.cholesky_inverse(p.factor)
-    log_det = p.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) - q.scale_tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    trace = (q.covariance_matrix * precision).sum((-2, -1))
+class MeasuredNormal(TorchDistribution):
+    """The law of a normal state given a measurement of each of its genes: with ``u ~ Normal(mu, S)`` and ``a_j ~ Normal(u_j, 1 / h_j)``::
+
+        u | a ~ Normal(mu + C h (a - mu), C),   C = (S^-1 + diag(h))^-1;   draws: loc + C (S^-1/2 e1 + h^1/2 e2)
+
+    A matrix is inverted for each cell, and once: no factor is differentiated, which would take most of a training step.
+
+    Args:
+        prior: the law of u, with one S for all cells.
+        value, precision: a and h, [..., n, d].
+    """
+
+    arg_constraints: ClassVar[dict[str, constraints.Constraint]] = {}
+    support = constraints.real_vector
+    has_rsample = True
+
+    def __init__(self, prior: StationaryNormal, value: Tensor, precision: Tensor, validate_args: bool | None = None) -> None:
+        self.factor, self.h = prior.factor, precision
+        self.precision = torch.cholesky_inverse(prior.factor) + torch.diag_embed(precision)
+        self.covariance, self.log_det = _Inverse.apply(self.precision)
+        self.loc = prior.loc + _rows(precision * (value - prior.loc), self.covariance)
+        super().__init__(self.loc.shape[:-1], self.loc.shape[-1:], validate_args=validate_args)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.loc
+
+    @property
+    def variance(self) -> Tensor:
+        return self.covariance.diagonal(dim1=-2, dim2=-1)
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        shape = torch.Size(sample_shape) + self.loc.shape
+        e1, e2 = (torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device) for _ in range(2))
+        factor = self.factor if self.factor.dim() == 2 else self.factor.squeeze(-3)
+        root = torch.linalg.solve_triangular(factor, e1, upper=False, left=False)  # rows of variance S^-1
+        return self.loc + _rows(root + self.h.sqrt() * e2, self.covariance)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """[..., n], in nats."""
+        r = value - self.loc
+        square = (_rows(r, self.precision) * r).sum(-1)
+        return -0.5 * (square - self.log_det + self.loc.shape[-1] * math.log(2 * math.pi))
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> MeasuredNormal:
+        new = MeasuredNormal.__new__(MeasuredNormal)
+        new.__dict__.update(self.__dict__)
+        new.loc = self.loc.expand(torch.Size(batch_shape) + self.event_shape)
+        super(MeasuredNormal, new).__init__(torch.Size(batch_shape), self.event_shape, validate_args=False)
+        return new
+
+
+class _Inverse(torch.autograd.Function):
+    """Inverse C and log-determinant of positive definite A, [..., d, d]; their gradients are ``-C g C`` and ``C``."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(A: Tensor) -> tuple[Tensor, Tensor]:
+        factor = torch.linalg.cholesky(A)
+        return torch.cholesky_inverse(factor), 2 * factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(output[0])
+
+    @staticmethod
+    def backward(ctx: Any, to_inverse: Tensor, to_log_det: Tensor) -> Tensor:
+        (C,) = ctx.saved_tensors
+        return to_log_det[..., None, None] * C - C @ to_inverse @ C
+
+
+@register_kl(MeasuredNormal, StationaryNormal)
+def _kl_measured(q: MeasuredNormal, p: StationaryNormal) -> Tensor:
+    log_det = p.factor.diagonal(dim1=-2, dim2=-1).log().sum(-1) + 0.5 * q.log_det
+    trace = (q.covariance * torch.cholesky_inverse(p.factor)).sum((-2, -1))
     return 0.5 * (trace + p.whiten(q.loc).square().sum(-1) - p.loc.shape[-1]) + log_det
 
 
