@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from itertools import pairwise
 
 import numpy as np
@@ -119,15 +120,19 @@ def test_ladder_is_geometric() -> None:
         ladder(5, 0.1, 1.0)
 
 
-@pytest.mark.parametrize("method", ["euler", "heun"])
-def test_flow_is_the_closed_form_and_of_its_order(method: str) -> None:
-    """``z_T - m`` is multiplied by ``(V + s0^2)^1/2 (V + sT^2)^-1/2``; halving the steps divides the error by 2 or by 4."""
+@pytest.mark.parametrize("back", [False, True])
+def test_flow_is_the_closed_form_and_of_its_order(back: bool) -> None:
+    """``z_T - m`` is multiplied by ``(V + s0^2)^1/2 (V + sT^2)^-1/2``, or back; halving the steps divides the error by 4."""
     z = torch.randn(2, 50, 2, dtype=F64, generator=torch.Generator().manual_seed(0)) * 10 + MEAN
     exact = MEAN + (z - MEAN) @ torch.linalg.solve(root(10.0), root(0.01))
-    errors = [off(probability_flow(gaussian, z, SIGMAS, method=method, subdivide=n), exact) for n in (1, 2, 4, 8)]
-    ratios = [a / b for a, b in pairwise(errors)]
-    assert errors[0] < (0.15 if method == "euler" else 0.01)
-    assert all(abs(r - (2 if method == "euler" else 4)) < 0.5 for r in ratios[1:])
+    if back:
+        z, exact = exact, z
+        flow = partial(probability_flow, lambda z, k: gaussian(z, 29 - k), z, SIGMAS.flip(0))
+    else:
+        flow = partial(probability_flow, gaussian, z, SIGMAS)
+    errors = [off(flow(subdivide=n), exact) for n in (1, 2, 4, 8)]
+    assert errors[0] < 0.005
+    assert all(abs(a / b - 4) < 0.5 for a, b in list(pairwise(errors))[1:])
 
 
 def test_denoised_end_is_the_conditional_mean() -> None:
