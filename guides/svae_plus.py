@@ -35,7 +35,7 @@ FLOOR = 1e-4  # of variances, as in the reference
 class BetaBernoulliTable(SpikeSlabTable):
     """A spike-and-slab table whose log odds follow ``rho ~ Beta(1, lambda)``."""
 
-    def __init__(self, n_perturbations: int, n_latent: int, sparsity: float, effect_scale: float) -> None:
+    def __init__(self, n_perturbations: int, n_latent: int, sparsity: float, effect_scale: float | None) -> None:
         super().__init__(n_perturbations, n_latent, 1 / (1 + sparsity), effect_scale)
         self.sparsity = sparsity
 
@@ -58,7 +58,7 @@ class SVAEPlus(CentredGuide):
         n_perturbations: int,
         n_latent: int = 20,
         sparsity: float = 10.0,
-        effect_scale: float = 3.0,
+        effect_scale: float | None = None,
         likelihood: LikelihoodName = "negative_binomial",
         n_hidden: int = 128,
         n_layers: int = 3,
@@ -85,7 +85,7 @@ class SVAEPlusParity(PyroModule):
         n_perturbations: int,
         n_latent: int = 20,
         sparsity: float = 10.0,
-        effect_scale: float = 3.0,
+        effect_scale: float | None = None,
         likelihood: LikelihoodName = "negative_binomial",
         n_hidden: int = 128,
         n_layers: int = 3,

@@ -45,6 +45,7 @@ from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP
+from pyrocausal.sparsity import PRIOR
 from pyrocausal.structural import mechanism_shift
 
 
@@ -54,20 +55,25 @@ class SAMSVAE(PyroModule):
     Args:
         n_genes, n_perturbations: sizes of the screen.
         n_latent: number of programs D; more than needed is harmless, the surplus stays without targets.
-        mask_probability: rho, the prior share of programs that a perturbation targets.
-        effect_scale: s, the prior standard deviation of an effect, in basal standard deviations.
+        mask_probability: rho, the prior share of programs that a perturbation targets. None: learned, as s; better predictions where
+            effects are weak, but more false targets.
+        effect_scale: s, the prior standard deviation of an effect, in basal standard deviations. None: learned by the default guide
+            (empirical Bayes, :class:`~pyrocausal.sparsity.SpikeSlabTable`); 3 with the others, and where the mask is dense.
         likelihood: ``"negative_binomial"``, ``"poisson"`` (both with observed library size) or ``"gaussian"``.
         dense: every perturbation moves every program (CPA-VAE); ``mask`` is then fixed to ones.
         n_batches: technical batches; more than one adds an offset per batch and gene to the decoder.
     """
+
+    mask_probability: Tensor
+    effect_scale: Tensor
 
     def __init__(
         self,
         n_genes: int,
         n_perturbations: int,
         n_latent: int = 20,
-        mask_probability: float = 0.1,
-        effect_scale: float = 3.0,
+        mask_probability: float | None = 0.1,
+        effect_scale: float | None = None,
         likelihood: LikelihoodName = "negative_binomial",
         dense: bool = False,
         n_hidden: int = 128,
@@ -76,8 +82,8 @@ class SAMSVAE(PyroModule):
     ) -> None:
         super().__init__()
         self.shape = (n_perturbations, n_latent)
-        self.mask_probability = mask_probability
-        self.effect_scale = effect_scale
+        for name, given, default in zip(("mask_probability", "effect_scale"), (mask_probability, effect_scale), PRIOR, strict=True):
+            self.register_buffer(name, torch.tensor(default if given is None else float(given)))
         self.dense = dense
         self.decoder = MLP(n_latent, n_genes, n_hidden, n_layers)
         self.batch_offset = nn.Parameter(torch.zeros(n_batches, n_genes), requires_grad=n_batches > 1)
@@ -90,12 +96,11 @@ class SAMSVAE(PyroModule):
     def forward(self, batch: Batch) -> Tensor:
         table = {"event_dims": ("perturbation", "latent")}
         programs = {"event_dims": ("latent",)}
-        rho = self.batch_offset.new_tensor(self.mask_probability)
+        rho, s = self.mask_probability, self.effect_scale
         if self.dense:
             mask = pyro.deterministic("mask", torch.ones_like(rho).expand(self.shape), event_dim=2)
         else:
             mask = pyro.sample("mask", dist.Bernoulli(rho.expand(self.shape)).to_event(2), infer=table)
-        s = self.batch_offset.new_tensor(self.effect_scale)
         effect = pyro.sample("effect", dist.Normal(0.0, s.expand(self.shape)).to_event(2), infer=table)
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1)

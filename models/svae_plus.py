@@ -31,6 +31,7 @@ from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP
+from pyrocausal.sparsity import PRIOR
 from pyrocausal.structural import mechanism_shift
 
 
@@ -41,11 +42,13 @@ class SVAEPlus(PyroModule):
         n_genes, n_perturbations: sizes of the screen.
         n_latent: number of programs D.
         sparsity: lambda of the Beta(1, lambda) prior, whose mean is 1 / (1 + lambda); the paper takes the number of perturbations.
-        effect_scale: s, prior standard deviation of an effect (unused with ``parity``).
+        effect_scale: s, prior standard deviation of an effect (unused with ``parity``); None: learned, as in SAMS-VAE.
         likelihood: ``"negative_binomial"``, ``"poisson"`` or ``"gaussian"``.
         parity: the published objective; see the module's docstring.
         n_batches: technical batches.
     """
+
+    effect_scale: Tensor
 
     def __init__(
         self,
@@ -53,7 +56,7 @@ class SVAEPlus(PyroModule):
         n_perturbations: int,
         n_latent: int = 20,
         sparsity: float = 10.0,
-        effect_scale: float = 3.0,
+        effect_scale: float | None = None,
         likelihood: LikelihoodName = "negative_binomial",
         parity: bool = False,
         n_hidden: int = 128,
@@ -63,7 +66,7 @@ class SVAEPlus(PyroModule):
         super().__init__()
         self.shape = (n_perturbations, n_latent)
         self.sparsity = float(sparsity)
-        self.effect_scale = effect_scale
+        self.register_buffer("effect_scale", torch.tensor(PRIOR[1] if effect_scale is None else float(effect_scale)))
         self.parity = parity
         self.decoder = MLP(n_latent, n_genes, n_hidden, n_layers)
         self.batch_offset = nn.Parameter(torch.zeros(n_batches, n_genes), requires_grad=n_batches > 1)
@@ -80,7 +83,7 @@ class SVAEPlus(PyroModule):
         rho = pyro.sample("rho", dist.Beta(one.expand(self.shape), self.sparsity * one).to_event(2), infer=table)
         if not self.parity:
             mask = pyro.sample("mask", dist.Bernoulli(rho).to_event(2), infer=table)
-            effect = pyro.sample("effect", dist.Normal(0.0, (self.effect_scale * one).expand(self.shape)).to_event(2), infer=table)
+            effect = pyro.sample("effect", dist.Normal(0.0, self.effect_scale.expand(self.shape)).to_event(2), infer=table)
         else:
             flat = dist.Normal(0.0, one.expand(self.shape)).mask(False).to_event(2)  # no prior, yet it can be run
             effect = pyro.sample("effect", flat, infer=table)

@@ -114,6 +114,7 @@ class CentredGuide(PyroModule):
         assert seen is batch
         self._warm_up(progress)
         self.table.observe(batch.dose, a)
+        self._share_prior(model)
 
     def after_epoch(self, model: Any, progress: float) -> None:
         """After every epoch; ``progress`` is the share of the epochs that are done."""
@@ -124,6 +125,13 @@ class CentredGuide(PyroModule):
         self._warm_up(progress)
         self.turn(model, sparse_rotation(self.table.means(), local=due > 1))
         self.table.sparse()
+        self._share_prior(model)
+
+    def _share_prior(self, model: Any) -> None:
+        """The model has the prior that the table learned."""
+        for name, learned in zip(("mask_probability", "effect_scale"), self.table.learns, strict=True):
+            if learned:
+                getattr(model, name).copy_(getattr(self.table, name))
 
     def _warm_up(self, progress: float) -> None:
         """The sparsity prior comes in between the first turn and the last, so that targets are not lost before the axes are right."""

@@ -17,15 +17,20 @@ stochastic masks find it; a rotation finds it in a second.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
+
+PRIOR = 0.1, 3.0  # rho and s where nothing is learned, and what is learned leans to them
+PRIOR_ENTRIES = 1.0
 
 
 def spike_slab_update(
     gram: Tensor,
     cross: Tensor,
     log_odds: Tensor,
-    slab: float,
+    slab: Tensor | float,
     probs: Tensor,
     loc: Tensor,
     trust: Tensor | float = 1.0,
@@ -52,13 +57,13 @@ def spike_slab_update(
     scale = (trust * gram.diagonal()[:, None] + 1 / slab**2).rsqrt()
     if not coupled:
         loc = scale**2 * trust * cross
-        return log_odds + (scale / slab).log() + loc**2 / (2 * scale**2), loc, scale
+        return log_odds + torch.log(scale / slab) + loc**2 / (2 * scale**2), loc, scale
     probs, loc, logits = probs.clone(), loc.clone(), torch.empty_like(cross)
     for _ in range(sweeps):
         for t in range(len(gram)):
             others = gram[t] @ (probs * loc) - gram[t, t] * probs[t] * loc[t]
             loc[t] = scale[t] ** 2 * trust[t] * (cross[t] - others)
-            logits[t] = log_odds[t] + (scale[t] / slab).log() + loc[t] ** 2 / (2 * scale[t] ** 2)
+            logits[t] = log_odds[t] + torch.log(scale[t] / slab) + loc[t] ** 2 / (2 * scale[t] ** 2)
             probs[t] = logits[t].sigmoid()
     return logits, loc, scale
 
@@ -122,6 +127,12 @@ class SpikeSlabTable(nn.Module):
     scale ``b = sqrt(blur^2 + (leak beside)^2)``, not zero. Both are learned per program from the entries that are off (empirical Bayes
     with prior means ``BLUR`` and ``LEAK``), and the evidence of an entry is tempered by ``1 / (1 + 2 n b^2)``, a coarsened posterior
     (Miller and Dunson, JASA 2019). ``robust=False`` is the exact update of :func:`spike_slab_update`.
+
+    A prior that is not given is learned when the targets are first inferred (empirical Bayes), from rho = 1/2 if that is free too, by its
+    closed form given the posterior, over the perturbations with cells; ``PRIOR`` counts as ``PRIOR_ENTRIES`` entries. Then it is kept: as
+    the networks follow their targets, the few with the largest effects would take all of it::
+
+        rho = mean pi,   s^2 = sum pi (mu^2 + sigma^2) / sum pi
     """
 
     gram: Tensor
@@ -133,23 +144,29 @@ class SpikeSlabTable(nn.Module):
     blur: Tensor
     leak: Tensor
     is_sparse: Tensor
+    mask_probability: Tensor
+    effect_scale: Tensor
 
     ON = 12.0  # logit of a mask entry that is held on
     LEAK = 0.05  # prior: an axis is right to a twentieth
     BLUR = 0.05  # prior, in basal standard deviations
 
-    def __init__(self, n_perturbations: int, n_latent: int, mask_probability: float, effect_scale: float, robust: bool = True) -> None:
+    def __init__(
+        self, n_perturbations: int, n_latent: int, mask_probability: float | None, effect_scale: float | None, robust: bool = True
+    ) -> None:
         super().__init__()
         self.robust = robust
-        self.effect_scale = effect_scale
-        self.log_odds = float(torch.logit(torch.tensor(mask_probability, dtype=torch.float64)))
+        self.learns = mask_probability is None, effect_scale is None
+        self.log_odds = None if mask_probability is None else math.log(mask_probability) - math.log1p(-mask_probability)
         shape = (n_perturbations, n_latent)
+        for name, given, first in zip(("mask_probability", "effect_scale"), (mask_probability, effect_scale), PRIOR, strict=True):
+            self.register_buffer(name, torch.tensor(first if given is None else float(given)))
         self.register_buffer("gram", torch.zeros(n_perturbations, n_perturbations))
         self.register_buffer("cross", torch.zeros(shape))
         self.register_buffer("seen", torch.zeros(n_perturbations))
         self.register_buffer("logits", torch.full(shape, self.ON))
         self.register_buffer("loc", torch.zeros(shape))
-        self.register_buffer("scale", torch.full(shape, effect_scale))
+        self.register_buffer("scale", torch.full(shape, float(self.effect_scale)))
         self.register_buffer("blur", torch.zeros(n_latent))
         self.register_buffer("leak", torch.zeros(n_latent))
         self.register_buffer("is_sparse", torch.zeros((), dtype=torch.bool))
@@ -184,6 +201,16 @@ class SpikeSlabTable(nn.Module):
         self.cross += rate[:, None] * (mean - self.cross)
         self.seen += weight
         self.update()
+
+    def learn_prior(self) -> None:
+        """The M-step of the prior's free parts, given the posterior of the perturbations with cells."""
+        there = (self.gram.diagonal() > 0).to(self.loc.dtype)[:, None]
+        on, (rho, s) = there * self.logits.sigmoid(), PRIOR
+        square = on * (self.loc**2 + self.scale**2)
+        if self.learns[0]:
+            self.mask_probability.copy_((on.sum() + PRIOR_ENTRIES * rho) / (there.sum() * on.shape[1] + PRIOR_ENTRIES))
+        if self.learns[1]:
+            self.effect_scale.copy_(((square.sum() + PRIOR_ENTRIES * s**2) / (on.sum() + PRIOR_ENTRIES)).sqrt())
 
     @torch.no_grad()
     def update(self, sweeps: int = 1) -> None:
@@ -228,7 +255,7 @@ class SpikeSlabTable(nn.Module):
         left = (excess - blur).clamp_min(0)
         top, bottom = (off * beside * left).sum(0), (off * beside.square()).sum(0)
         leak = (top + bottom.mean() * self.LEAK) / (bottom + bottom.mean()).clamp_min(1e-6)
-        return blur.clamp(max=self.effect_scale / 6), leak.clamp(max=0.2)
+        return torch.minimum(blur, self.effect_scale / 6), leak.clamp(max=0.2)
 
     def _log_bayes_factor(self, mean: Tensor, n_t: Tensor, spread: Tensor) -> Tensor:
         """log p(mean | target) - log p(mean | no target), [P, D]: a Gaussian slab against a Laplace spike."""
@@ -243,6 +270,8 @@ class SpikeSlabTable(nn.Module):
         return torch.linalg.solve(ridge, self.cross) if self.coupled else self.cross / self.gram.diagonal().clamp_min(1)[:, None]
 
     def prior_log_odds(self) -> Tensor:
+        if self.log_odds is None:
+            return torch.logit(self.mask_probability)
         return torch.as_tensor(self.log_odds, dtype=self.logits.dtype, device=self.logits.device)
 
     @torch.no_grad()
@@ -254,9 +283,14 @@ class SpikeSlabTable(nn.Module):
     @torch.no_grad()
     def sparse(self) -> None:
         """From here on the mask is inferred; the leak starts from the median entry, since most entries are off."""
+        first = not bool(self.is_sparse)
         self.is_sparse.fill_(True)
         if self.robust:
             means = self.means()
             self.leak.copy_((means.abs().median(0).values / (0.69 * self._beside(means).median(0).values).clamp_min(1e-6)).clamp(max=0.2))
-        for _ in range(20):  # let leak and targets agree before the networks follow
+        if first and self.learns[0]:
+            self.mask_probability.fill_(0.5)
+        for _ in range(20):  # let prior, leak and targets agree before the networks follow
+            if first:
+                self.learn_prior()
             self.update()

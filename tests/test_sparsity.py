@@ -16,7 +16,7 @@ from torch.distributions import Beta
 import pyrocausal as pc
 from pyrocausal.distributions import StraightThroughBernoulli
 from pyrocausal.guides.svae_plus import BetaBernoulliTable
-from pyrocausal.sparsity import SpikeSlabTable, sparse_rotation, spike_slab_update
+from pyrocausal.sparsity import PRIOR, SpikeSlabTable, sparse_rotation, spike_slab_update
 
 torch.set_num_threads(1)
 F64 = torch.float64
@@ -80,6 +80,42 @@ def update(dose: Tensor, u: Tensor, probs: Tensor, loc: Tensor, **more: object) 
 def start(dose: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
     shape = (dose.shape[1], u.shape[1])
     return torch.full(shape, 0.5, dtype=F64), torch.zeros(shape, dtype=F64)
+
+
+@pytest.mark.parametrize(("s", "low", "high"), [(0.6, 1.0, 1.5), (3.0, 0.85, 1.15)])
+@pytest.mark.parametrize("seed", range(3))
+def test_the_prior_is_learned_from_the_table(seed: int, s: float, low: float, high: float) -> None:
+    """60 perturbations of 100 cells, 15 % of 12 programs targeted: 108 effects, so that s is known to 7 % at best (two of it allowed).
+    Where many effects are as small as what an untargeted program shows, those are not seen, and s is too large by up to a half."""
+    rng = np.random.default_rng(seed)
+    mask = rng.random((60, 12)) < 0.15
+    mean = mask * rng.normal(0.0, s, mask.shape) + rng.normal(0.0, 0.1, mask.shape)
+    for rho in (0.1, None):
+        table = SpikeSlabTable(61, 12, rho, None).double()
+        table.set_gram(torch.diag(torch.tensor([100.0] * 60 + [0.0], dtype=F64)))  # the last has no cells
+        table.cross[:60] = 100 * torch.as_tensor(mean)
+        table.update()
+        assert float(table.effect_scale) == PRIOR[1]
+        table.sparse()
+        assert low < float(table.effect_scale) / s < high
+        assert float(table.mask_probability) == pytest.approx(0.1) if rho else 0.08 < float(table.mask_probability) < 0.25
+        learned = float(table.effect_scale)
+        table.observe(torch.eye(61, dtype=F64)[:5], torch.randn(5, 12, dtype=F64))
+        table.sparse()  # after a later turn
+        assert float(table.effect_scale) == learned
+
+
+def test_the_model_has_the_prior_that_its_guide_learned() -> None:
+    adata = pc.simulate.svae_screen(n_latent=4, n_genes=40, n_perturbations=12, cells_per_perturbation=40, n_control=20, seed=0)
+    data = pc.PerturbationData.from_anndata(adata)
+    for settings in ({}, {"effect_scale": 2.0}, {"mask_probability": None}):
+        model, guide = pc.build("sams_vae", data, n_latent=5, seed=0, **settings)
+        fit = pc.fit(model, guide, data, max_epochs=4, seed=0, progress=False)
+        assert torch.equal(fit.model.effect_scale, guide.table.effect_scale)
+        assert torch.equal(fit.model.mask_probability, guide.table.mask_probability)
+        assert (float(model.effect_scale) == PRIOR[1]) is False
+        assert (float(model.effect_scale) == 2.0) is ("effect_scale" in settings)
+        assert (float(model.mask_probability) == pytest.approx(0.1)) is ("mask_probability" not in settings)
 
 
 # -- the linear-Gaussian oracle (dossier, check 3) ---------------------------------------------------------------------------------
