@@ -2,6 +2,7 @@
 
     python benchmarks/goals.py                          runs what is missing, then prints the table (hours; a killed run resumes)
     python benchmarks/goals.py --table                  prints the table of the results that are there
+    python benchmarks/goals.py --only M7 --csv benchmarks/goals.csv    brings a table up to date: what was not run here stays as it is
     python benchmarks/goals.py --only M4 --worlds 3     the first three worlds of the units behind M4
     python benchmarks/goals.py --development --quick     other seeds, short fits: to try the code, never to quote
     python benchmarks/goals.py --shard 1/2              one of two processes that share the work
@@ -90,6 +91,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tenth of the training steps")
     parser.add_argument("--shard", type=lambda s: tuple(int(v) for v in s.split("/")), default=(1, 1), metavar="I/N")
     parser.add_argument("--out", type=Path, default=Path("runs/goals"))
+    parser.add_argument("--csv", type=Path, help="a table of before, to be brought up to date with what was run here")
     a = parser.parse_args()
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
@@ -116,10 +118,22 @@ def main() -> None:
     print(printed(table))
     folder.mkdir(parents=True, exist_ok=True)
     table.to_csv(folder / "table.csv", index=False)
+    if a.csv is not None:
+        up_to_date(a.csv, table, [(r.goal, r.task) for r in ROWS]).to_csv(a.csv, index=False)
     counted = table["verdict"].str.extract("^(stands|falls short|not run|no verdict|reported)")[0].value_counts()
     print("\n" + ", ".join(f"{n} {k}" for k, n in counted.items()))
     if a.details:
         print(details(results))
+
+
+def up_to_date(path: Path, table: pd.DataFrame, order: list[tuple[str, str]]) -> pd.DataFrame:
+    """The rows of ``table`` that have results, and those of the file for all others, in the order of the goals."""
+    key = ["goal", "task"]
+    old = pd.read_csv(path, dtype=str, keep_default_na=False).set_index(key) if path.exists() else table.iloc[:0].set_index(key)
+    new = table.astype(str).set_index(key)
+    kept = [k for k in order if k in old.index and (k not in new.index or new.loc[k, "verdict"].startswith("not run: no results"))]
+    merged = pd.concat([new.drop(index=[k for k in kept if k in new.index]), old.loc[kept]])
+    return merged.loc[[k for k in order if k in merged.index]].reset_index()
 
 
 def details(results: dict[str, list[Records]]) -> str:

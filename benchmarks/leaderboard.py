@@ -3,9 +3,10 @@
     python benchmarks/leaderboard.py [--screens norman2019 ...] [--processes 2] [--quick]
 
 Real screens are read from the folder that PYROCAUSAL_DATA names, else ../shared/data beside the repository; they are not redistributed.
-Finished jobs are kept in ``--work`` (default: runs/leaderboard), so that the command goes on where it was interrupted; what it writes
-is ``benchmarks/leaderboard/<screen>_table.csv`` and ``_paired.csv`` and ``benchmarks/leaderboard.md``, of the screens that are complete in
-``--work``. ``--quick`` (one seed, two epochs, few draws) proves that everything runs, and writes to runs/leaderboard-quick only.
+Finished jobs are kept in ``--work`` (default: runs/leaderboard), so that the command goes on where it was interrupted; what it writes is
+``benchmarks/leaderboard/<screen>_table.csv`` and ``_paired.csv`` when a screen is complete, and ``benchmarks/leaderboard.md`` of all
+screens in that folder. ``--quick`` (one seed, two epochs, few draws) proves that everything runs, and writes to runs/leaderboard-quick
+only.
 
 ==================  ==================================================================================================================
 screen              what
@@ -152,6 +153,16 @@ def write(name: str, result: pc.Benchmark, folder: Path) -> None:
     result.paired.to_csv(folder / f"{name}_paired.csv", index=False, float_format="%.6g")
 
 
+def written(folder: Path) -> dict[str, pc.Benchmark]:
+    """What :func:`write` has written there, by screen."""
+    results = {}
+    for name in SCREENS:
+        if (folder / f"{name}_table.csv").exists():
+            table, paired = (pd.read_csv(folder / f"{name}_{part}.csv") for part in ("table", "paired"))
+            results[name] = pc.Benchmark(table.fillna({"metric": "", "note": ""}), paired, folder)
+    return results
+
+
 def markdown(results: dict[str, pc.Benchmark], quick: bool) -> str:
     """All screens: means over seeds, s in brackets, the verdict of each model, and what failed."""
     lines = [
@@ -212,11 +223,9 @@ def main() -> None:
     a = parser.parse_args()
     work = a.work or ROOT / "runs" / ("leaderboard-quick" if a.quick else "leaderboard")
     target = work if a.quick else ROOT / "benchmarks"
-    results = {}
     for name in a.screens:
-        results[name] = run(name, a, work)
-        write(name, results[name], target / "leaderboard")
-        (target / "leaderboard.md").write_text(markdown(results, a.quick), encoding="utf-8")
+        write(name, run(name, a, work), target / "leaderboard")
+        (target / "leaderboard.md").write_text(markdown(written(target / "leaderboard"), a.quick), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Who wins: truths with a known answer, failures, copies, resumption bit for bit, and the false alarms of the paired test."""
 
+import importlib
 import itertools
 import json
 import shutil
@@ -304,6 +305,17 @@ def test_the_key_of_a_job_is_everything_that_determines_it(data: pc.Perturbation
     ):
         assert not set(base) & set(changed)
     assert set(base) ^ set(keys(models={"m": ("sams_vae", {"n_latent": 4})})) and base[:-1] == keys(models={"m": "sams_vae"})[:-1]
+
+
+def test_the_leaderboard_is_what_its_tables_say() -> None:
+    folder = Path(__file__).resolve().parents[1] / "benchmarks"
+    sys.path.insert(0, str(folder))
+    try:
+        leaderboard = importlib.import_module("leaderboard")
+    finally:
+        sys.path.remove(str(folder))
+    results = leaderboard.written(folder / "leaderboard")
+    assert results and (folder / "leaderboard.md").read_text(encoding="utf-8") == leaderboard.markdown(results, False)
 
 
 def test_models_of_normalised_data_have_baselines_of_their_own(data: pc.PerturbationData) -> None:

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 FOLDER = Path(__file__).resolve().parents[1] / "benchmarks"
@@ -51,6 +52,17 @@ def test_rows_reduce_worlds_and_judge(goals):
     # strata: the largest distance from .9, of those with enough entries
     strata = [[{"method": "a", "metric": f"c/{k}", "num": n, "den": d} for k, n, d in (("x", 95, 100), ("y", 1, 10))] for _ in range(2)]
     assert table.read(table.Row("M6", "t", "u", "c", "a", "gap"), strata) == pytest.approx(0.05)
+
+
+def test_a_table_is_brought_up_to_date_by_what_was_run(goals, tmp_path):
+    order = [("M2", "a"), ("M2", "b"), ("M3", "c"), ("M4", "d")]
+    rows = pd.DataFrame([(*k, f"old {k[1]}", "stands") for k in order[:3]], columns=["goal", "task", "measured", "verdict"])
+    rows.to_csv(tmp_path / "t.csv", index=False)
+    new = [("M4", "d", "new d", "stands"), ("M2", "b", "new b", "falls short"), ("M3", "c", "", "not run: no results yet")]
+    found = goals.up_to_date(tmp_path / "t.csv", pd.DataFrame(new, columns=rows.columns), order)
+    assert found["measured"].tolist() == ["old a", "new b", "old c", "new d"] and found["verdict"][1] == "falls short"
+    kept = pd.read_csv(FOLDER / "goals.csv", dtype=str, keep_default_na=False)
+    pd.testing.assert_frame_equal(goals.up_to_date(FOLDER / "goals.csv", kept.iloc[:0], [(r.goal, r.task) for r in goals.ROWS]), kept)
 
 
 def test_held_means_are_those_of_the_mutilated_system(goals):
