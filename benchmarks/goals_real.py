@@ -1,8 +1,8 @@
 """Goals M7 (a small real screen) and the real parts of M3 and M6: the Norman slice, in halves of its cells.
 
 The cells of every condition are halved at random. Pairs whose parts are both measured alone are held out of the training half and
-predicted, scored on the other half: of ``log1p_cp10k`` (the layer, whose means the literature scores) or of counts (log1p of CP10k of the
-mean). ``l2`` is ``||x^ - x||`` over all genes with a count, ``wmse`` weighs genes by the squared t-statistic of the scored half's pair
+predicted, scored on the other half: of ``log1p_cp10k`` (the layer, whose means the literature scores) or of counts (log1p of mean
+CP10k). ``l2`` is ``||x^ - x||`` over all genes with a count, ``wmse`` weighs genes by the squared t-statistic of the scored half's pair
 against all its other perturbed cells. Both are averages over the held pairs of a split.
 
 Intervals are those of draws, widened by the error of the measurement, over genes expressed in the training controls. The slice has three
