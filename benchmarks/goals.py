@@ -93,6 +93,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/goals"))
     parser.add_argument("--csv", type=Path, help="a table of before, to be brought up to date with what was run here")
     a = parser.parse_args()
+    if a.csv is not None and (a.quick or a.development):
+        parser.error("--csv is for results that may be quoted, which those of --quick and --development are not")
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     rows = [r for r in ROWS if (not a.only or r.goal in a.only) and (not a.units or r.unit in a.units)]

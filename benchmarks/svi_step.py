@@ -108,7 +108,7 @@ def likelihood(model: Any, u: Tensor, batch: Batch) -> Tensor:
 
 def centred_loss(model: Any, guide: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """guides.SAMSVAE in plain torch: the loss for the population, and the encoder's means."""
-    table, slab = guide.table, model.effect_scale
+    table, slab, rho = guide.table, float(model.effect_scale), float(model.mask_probability)
     mask = torch.bernoulli(table.logits.sigmoid())
     loc, scale = mask * table.loc, mask * table.scale + (1 - mask) * slab
     effect = loc + scale * torch.randn_like(scale)
@@ -118,7 +118,7 @@ def centred_loss(model: Any, guide: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     centre = a - shift
     z = centre + v * torch.randn_like(v)
     local = likelihood(model, z + batch.dose @ (mask * effect), batch) - gaussian_kl(centre, v)
-    tables = bernoulli_kl(table.logits, model.mask_probability) + gaussian_kl(loc, scale, slab)
+    tables = bernoulli_kl(table.logits, rho) + gaussian_kl(loc, scale, slab)
     return tables - local * (batch.n_total / len(batch)), a
 
 
@@ -135,7 +135,7 @@ def mean_field_loss(model: Any, guide: Any, batch: Batch) -> tuple[Tensor, None]
     scale_z = log_scale.exp() + 1e-4
     z = loc + scale_z * torch.randn_like(loc)
     local = likelihood(model, z + batch.dose @ (mask * effect), batch) - gaussian_kl(loc, scale_z)
-    tables = bernoulli_kl(logits, model.mask_probability) + gaussian_kl(guide.effect_loc, scale, model.effect_scale)
+    tables = bernoulli_kl(logits, float(model.mask_probability)) + gaussian_kl(guide.effect_loc, scale, float(model.effect_scale))
     return tables - local * (batch.n_total / len(batch)), None
 
 

@@ -55,8 +55,7 @@ class SAMSVAE(PyroModule):
     Args:
         n_genes, n_perturbations: sizes of the screen.
         n_latent: number of programs D; more than needed is harmless, the surplus stays without targets.
-        mask_probability: rho, the prior share of programs that a perturbation targets. None: learned, as s; better predictions where
-            effects are weak, but more false targets.
+        mask_probability: rho, the prior share of programs that a perturbation targets. None: learned, as s.
         effect_scale: s, the prior standard deviation of an effect, in basal standard deviations. None: learned by the default guide
             (empirical Bayes, :class:`~pyrocausal.sparsity.SpikeSlabTable`); 3 with the others, and where the mask is dense.
         likelihood: ``"negative_binomial"``, ``"poisson"`` (both with observed library size) or ``"gaussian"``.

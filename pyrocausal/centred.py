@@ -25,6 +25,7 @@ from pyro.nn import PyroModule
 from torch import Tensor, nn
 
 from pyrocausal.data import PerturbationData
+from pyrocausal.errors import PyrocausalError
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Standardise
 from pyrocausal.sparsity import SpikeSlabTable, sparse_rotation
@@ -96,6 +97,10 @@ class CentredGuide(PyroModule):
 
     def initialise(self, model: Any, data: PerturbationData) -> None:
         """Before the first epoch: moments of the expression, base rates of the decoder, the Gram matrix of the doses."""
+        for name in ("mask_probability", "effect_scale"):
+            ours, theirs = (float(getattr(m, name, torch.nan)) for m in (self.table, model))
+            if abs(ours - theirs) > 1e-6:
+                raise PyrocausalError(f"the guide has {name}={ours:.3g} and the model {theirs:.3g}; give both the same, as pc.build does")
         device = self.table.loc.device
         x = torch.as_tensor(data.dense(), device=device)
         self.standardise.fit_moments(x)

@@ -22,6 +22,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from pyrocausal.errors import PyrocausalError
+
 PRIOR = 0.1, 3.0  # rho and s where nothing is learned, and what is learned leans to them
 PRIOR_ENTRIES = 1.0
 
@@ -128,9 +130,9 @@ class SpikeSlabTable(nn.Module):
     with prior means ``BLUR`` and ``LEAK``), and the evidence of an entry is tempered by ``1 / (1 + 2 n b^2)``, a coarsened posterior
     (Miller and Dunson, JASA 2019). ``robust=False`` is the exact update of :func:`spike_slab_update`.
 
-    A prior that is not given is learned when the targets are first inferred (empirical Bayes), from rho = 1/2 if that is free too, by its
-    closed form given the posterior, over the perturbations with cells; ``PRIOR`` counts as ``PRIOR_ENTRIES`` entries. Then it is kept: as
-    the networks follow their targets, the few with the largest effects would take all of it::
+    A prior that is not given is learned when the targets are first inferred: expectation-maximisation from s = 3, and rho = 1/2 if that is
+    free too, over the perturbations with cells; ``PRIOR`` counts as ``PRIOR_ENTRIES`` entries. Then it is kept: as the networks follow
+    their targets, the few with the largest effects would take all of it::
 
         rho = mean pi,   s^2 = sum pi (mu^2 + sigma^2) / sum pi
     """
@@ -156,6 +158,8 @@ class SpikeSlabTable(nn.Module):
     ) -> None:
         super().__init__()
         self.robust = robust
+        if mask_probability is not None and not 0 < mask_probability < 1:
+            raise PyrocausalError(f"mask_probability={mask_probability!r} was given; give a share between 0 and 1, or None to learn it")
         self.learns = mask_probability is None, effect_scale is None
         self.log_odds = None if mask_probability is None else math.log(mask_probability) - math.log1p(-mask_probability)
         shape = (n_perturbations, n_latent)
@@ -290,7 +294,9 @@ class SpikeSlabTable(nn.Module):
             self.leak.copy_((means.abs().median(0).values / (0.69 * self._beside(means).median(0).values).clamp_min(1e-6)).clamp(max=0.2))
         if first and self.learns[0]:
             self.mask_probability.fill_(0.5)
+        weight, self.prior_weight = self.prior_weight, 1.0 if first else self.prior_weight
         for _ in range(20):  # let prior, leak and targets agree before the networks follow
+            self.update()
             if first:
                 self.learn_prior()
-            self.update()
+        self.prior_weight = weight

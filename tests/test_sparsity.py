@@ -15,6 +15,7 @@ from torch.distributions import Beta
 
 import pyrocausal as pc
 from pyrocausal.distributions import StraightThroughBernoulli
+from pyrocausal.errors import PyrocausalError
 from pyrocausal.guides.svae_plus import BetaBernoulliTable
 from pyrocausal.sparsity import PRIOR, SpikeSlabTable, sparse_rotation, spike_slab_update
 
@@ -116,6 +117,17 @@ def test_the_model_has_the_prior_that_its_guide_learned() -> None:
         assert (float(model.effect_scale) == PRIOR[1]) is False
         assert (float(model.effect_scale) == 2.0) is ("effect_scale" in settings)
         assert (float(model.mask_probability) == pytest.approx(0.1)) is ("mask_probability" not in settings)
+
+
+def test_a_prior_that_differs_between_model_and_guide_is_refused() -> None:
+    adata = pc.simulate.svae_screen(n_latent=4, n_genes=20, n_perturbations=6, cells_per_perturbation=10, n_control=5, seed=0)
+    data = pc.PerturbationData.from_anndata(adata)
+    for ours, theirs in (({}, {"effect_scale": 2.0}), ({"mask_probability": 0.3}, {})):
+        model, guide = pc.models.SAMSVAE(20, 6, 4, **ours), pc.guides.SAMSVAE(20, 6, 4, **theirs)
+        with pytest.raises(PyrocausalError, match="give both the same"):
+            pc.fit(model, guide, data, max_epochs=1, progress=False)
+    with pytest.raises(PyrocausalError, match="between 0 and 1"):
+        pc.build("sams_vae", data, mask_probability=1.0)
 
 
 # -- the linear-Gaussian oracle (dossier, check 3) ---------------------------------------------------------------------------------

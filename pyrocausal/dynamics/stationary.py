@@ -303,6 +303,8 @@ class MeasuredNormal(TorchDistribution):
     has_rsample = True
 
     def __init__(self, prior: StationaryNormal, value: Tensor, precision: Tensor, validate_args: bool | None = None) -> None:
+        if prior.factor.dim() > 2 and prior.factor.shape[-3] != 1:
+            raise PyrocausalError(f"a factor of shape {tuple(prior.factor.shape)} was given; measured states have one for all cells")
         self.factor, self.h = prior.factor, precision
         self.precision = torch.cholesky_inverse(prior.factor) + torch.diag_embed(precision)
         self.covariance, self.log_det = _Inverse.apply(self.precision)
@@ -315,7 +317,7 @@ class MeasuredNormal(TorchDistribution):
 
     @property
     def variance(self) -> Tensor:
-        return self.covariance.diagonal(dim1=-2, dim2=-1)
+        return self.covariance.diagonal(dim1=-2, dim2=-1).expand(self.loc.shape)
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
         shape = torch.Size(sample_shape) + self.loc.shape
