@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from pyrocausal.errors import PyrocausalError
 
 PRIOR = 0.1, 3.0  # rho and s where nothing is learned, and what is learned leans to them
-PRIOR_ENTRIES = 1.0
+PRIOR_ENTRIES = 5.0  # fewer, and a screen in which nothing acts has a small s, and with it false targets
 
 
 def spike_slab_update(
