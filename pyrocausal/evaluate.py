@@ -46,7 +46,8 @@ def measured_effects(data: PerturbationData, reference: str = "control") -> xr.D
 
     Returns:
         Dataset: ``effect``, ``se``, ``p_value`` (intervention, gene) and ``n_cells`` (intervention); a condition of one cell has no
-        ``se``. Cannot see: batches, guides (cells are taken as replicates), changes of variance or shape.
+        ``se``. Cannot see: batches, guides (cells are taken as replicates), changes of variance or shape; and a count in a cell far
+        shallower than the others weighs as many of theirs.
     """
     reference = data.control if reference == "control" else reference
     rows = pd.Series(np.arange(len(data))).groupby(np.asarray(data.labels, dtype=str)).indices
