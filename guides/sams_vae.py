@@ -23,7 +23,9 @@ from torch.nn.functional import linear
 
 from pyrocausal.centred import TURNS, CentredGuide
 from pyrocausal.data import PerturbationData
+from pyrocausal.direct import DirectPosterior
 from pyrocausal.distributions import StraightThroughBernoulli
+from pyrocausal.errors import PyrocausalError
 from pyrocausal.likelihood import LikelihoodName
 from pyrocausal.loading import Batch
 from pyrocausal.nn import MLP, Standardise
@@ -34,7 +36,11 @@ FLOOR = 1e-4  # of standard deviations, as in the reference
 
 
 class SAMSVAE(CentredGuide):
-    """The closed-form centred guide; arguments as the model's, and ``turns`` (see :mod:`pyrocausal.centred`)."""
+    """The closed-form centred guide; arguments as the model's, and ``turns`` (see :mod:`pyrocausal.centred`).
+
+    With ``direct`` (:mod:`pyrocausal.direct`), once the programs are fitted: ``q(offset) q(direct | offset)`` in closed form, and the
+    encoder sees the cells as the programs alone would have made them.
+    """
 
     def __init__(
         self,
@@ -49,10 +55,25 @@ class SAMSVAE(CentredGuide):
         n_layers: int = 3,
         n_batches: int = 1,
         turns: Sequence[float] = TURNS,
+        direct: bool = False,
     ) -> None:
         table = SpikeSlabTable(n_perturbations, n_latent, mask_probability, effect_scale)
         counts = likelihood != "gaussian"
         super().__init__(n_genes, n_perturbations, n_latent, table, counts, dense, n_hidden, n_layers, n_batches, turns)
+        self.counts = counts
+        self.direct = DirectPosterior(n_genes, n_perturbations) if direct else None
+
+    def prior_sites(self) -> None:
+        if self.direct is not None:
+            self.direct()
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return super().encode(batch if self.direct is None else self.direct.undone(batch, self.counts))
+
+    def after_training(self, model: Any, data: PerturbationData, seed: int, progress: bool) -> None:
+        """What the programs leave over, gene by gene."""
+        if self.direct is not None:
+            self.direct.estimate(model, self, data, seed)
 
 
 class SAMSVAEMeanField(PyroModule):
@@ -99,6 +120,8 @@ class SAMSVAEMeanField(PyroModule):
 
     def initialise(self, model: Any, data: PerturbationData) -> None:
         """Before the first epoch: moments of the expression."""
+        if getattr(model, "direct", None) is not None:
+            raise PyrocausalError(f"direct=True was given, which {type(self).__name__} does not infer; take the guide SAMSVAE")
         self.standardise.fit_moments(torch.as_tensor(data.dense(), device=self.mask_logits.device))
 
     def forward(self, batch: Batch) -> None:

@@ -22,6 +22,9 @@ site          shape                   kind           meaning
 ``x``         [n, G]                  observed       expression
 ============  ======================  =============  =============================================================
 
+With ``direct=True`` a perturbation also moves genes beyond its programs, shrunk gene by gene, such as the gene that it targets; see
+:mod:`pyrocausal.direct`.
+
 **Identified:** the effect of each measured perturbation and of additive combinations on expression. The axes of the programs follow from
 sparsity alone (several perturbations per program, few programs per perturbation); with a dense mask (``dense=True``, which is CPA-VAE)
 only their span is, up to a rotation. **Not identified:** a regulatory graph between programs (there is none), non-additive
@@ -41,6 +44,7 @@ import torch
 from pyro.nn import PyroModule
 from torch import Tensor, nn
 
+from pyrocausal.direct import DirectPrior, move
 from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
@@ -60,6 +64,8 @@ class SAMSVAE(PyroModule):
             (empirical Bayes, :class:`~pyrocausal.sparsity.SpikeSlabTable`); 3 with the others, and where the mask is dense.
         likelihood: ``"negative_binomial"``, ``"poisson"`` (both with observed library size) or ``"gaussian"``.
         dense: every perturbation moves every program (CPA-VAE); ``mask`` is then fixed to ones.
+        direct: perturbations also move genes directly, beyond the programs (:mod:`pyrocausal.direct`): two more sites, ``offset`` [G] and
+            ``direct`` [P, G]. For the default guide.
         n_batches: technical batches; more than one adds an offset per batch and gene to the decoder.
     """
 
@@ -78,6 +84,7 @@ class SAMSVAE(PyroModule):
         n_hidden: int = 128,
         n_layers: int = 3,
         n_batches: int = 1,
+        direct: bool = False,
     ) -> None:
         super().__init__()
         self.shape = (n_perturbations, n_latent)
@@ -87,6 +94,7 @@ class SAMSVAE(PyroModule):
         self.decoder = MLP(n_latent, n_genes, n_hidden, n_layers)
         self.batch_offset = nn.Parameter(torch.zeros(n_batches, n_genes), requires_grad=n_batches > 1)
         self.likelihood = Likelihood(likelihood, n_genes)
+        self.direct = DirectPrior(n_genes, n_perturbations) if direct else None
 
     def parity_objective(self) -> ELBO:
         """The published bound: five particles, no closed-form KL, tables charged by the rows of the minibatch."""
@@ -101,6 +109,8 @@ class SAMSVAE(PyroModule):
         else:
             mask = pyro.sample("mask", dist.Bernoulli(rho.expand(self.shape)).to_event(2), infer=table)
         effect = pyro.sample("effect", dist.Normal(0.0, s.expand(self.shape)).to_event(2), infer=table)
+        if self.direct is not None:
+            offset, direct = self.direct()
         with batch.cells():
             dose = pyro.deterministic("dose", batch.dose, event_dim=1)
             z = pyro.sample("z", dist.Normal(0.0, torch.ones_like(s).expand(self.shape[1:])).to_event(1), infer=programs)
@@ -109,5 +119,8 @@ class SAMSVAE(PyroModule):
             eta = self.decoder(u)
             if len(self.batch_offset) > 1:
                 eta = eta + self.batch_offset[batch.batch_code]
-            x_loc = pyro.deterministic("x_loc", self.likelihood.mean(eta, batch.library_size), event_dim=1)
+            x_loc = self.likelihood.mean(eta, batch.library_size)
+            if self.direct is not None:
+                x_loc = move(x_loc, batch.library_size, offset + mechanism_shift(dose, direct), self.likelihood.is_counts)
+            x_loc = pyro.deterministic("x_loc", x_loc, event_dim=1)
             return pyro.sample("x", self.likelihood(x_loc, batch.nonzeros), obs=batch.x, infer={"event_dims": ("gene",)})

@@ -141,7 +141,7 @@ def check_out(out: Path) -> None:
 
 def plan(data: PerturbationData, models: Models, splits: Sequence[Mapping[str, Any]], seeds: Sequence[int], options: Options) -> list[Job]:
     """All jobs, in the order of the table: by split and seed; duplicates, baselines, then models by name."""
-    from pyrocausal.benchmark_score import SCALE
+    from pyrocausal.benchmark_score import SCALE, TEST
     from pyrocausal.splits import split as make_split
 
     asked = _asked(models)
@@ -167,8 +167,8 @@ def plan(data: PerturbationData, models: Models, splits: Sequence[Mapping[str, A
                 what = [model, _plain(entry), _plain(own), facts, int(seed), unit, asdict(options), digest, version]
                 if entry in ENTRIES and ENTRIES[entry].published:
                     what.append(_plain(ENTRIES[entry].training))
-                if unit == plain and data.kind == "counts":  # how counts are measured has changed once
-                    what.append(SCALE)
+                if unit == plain and data.kind == "counts":  # how counts are measured and tested has changed
+                    what += [SCALE, *([TEST] if role == "duplicate" else [])]
                 key = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:24]
                 jobs.append(Job(model, role, entry, own, name, facts, int(seed), unit, key))
     return jobs

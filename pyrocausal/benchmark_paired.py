@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import ArrayLike
 
-from pyrocausal.benchmark_run import Job
+from pyrocausal.benchmark_run import DUPLICATES, Job
 
 LEVEL = 0.05
 EXACT = 13  # most conditions of which all flips of signs are gone through
@@ -33,6 +33,7 @@ NOT_TESTED = ("coverage", "coverage_responsive", "coverage_quiet")  # neither hi
 COLUMNS = ["model", "role", "split", "unit", "seed", "metric", "convention", "higher", "n", "n_failed", "value", "b", "r", "s", "null",
            "null_p", "low", "high", "s_low", "s_high", "drf", "bds", "admitted", "status", "note"]  # fmt: skip
 SHARED = ("convention", "higher", "b", "r", "drf", "bds", "admitted", "best", "worst")  # of a metric, whatever the model
+ADMISSION = ("drf", "bds", "admitted")
 TIMES = ["split", "unit", "seed"]
 
 
@@ -80,8 +81,15 @@ def paired_test(differences: ArrayLike, clusters: ArrayLike, seed: int = 0) -> P
 def assemble(jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The table, and the values by condition (``model``, ``role``, ``split``, ``unit``, ``seed``, ``metric``, ``condition``, ``value``).
 
-    A failed job has the worst value of each metric; where a metric has none, the worst of any method for the same condition.
+    A failed job has the worst value of each metric; where a metric has none, the worst of any method for the same condition. Whether a
+    metric is admitted is a fact of the held-out cells, the same for all methods; it is read from the technical duplicate's job.
     """
+    admission = {
+        (job.split, job.unit, job.seed, row["metric"]): {k: row[k] for k in ADMISSION}
+        for job, result in zip(jobs, results, strict=True)
+        if job.model == DUPLICATES[0] and result.get("status") == "ok"
+        for row in result["rows"]
+    }
     rows: list[dict[str, Any]] = []
     values: list[pd.DataFrame] = []
     failed: list[dict[str, Any]] = []
@@ -92,6 +100,7 @@ def assemble(jobs: Sequence[Job], results: Sequence[dict[str, Any]]) -> tuple[pd
             continue
         for row in result["rows"]:
             found = {"value": row["u"], "null": row["null_mean"]} | {k: v for k, v in row.items() if k not in ("u", "null_mean")}
+            found |= admission.get((job.split, job.unit, job.seed, row["metric"]), {})
             note = "; ".join(t for t in (row["note"], result["note"]) if t)
             rows.append(where | found | {"status": "ok", "note": note})
             frame = pd.DataFrame({"condition": result["conditions"], "value": result["values"][row["metric"]]})

@@ -48,6 +48,7 @@ RESPONSIVE = 0.25  # share of the genes that respond
 Cells: TypeAlias = dict[str, tuple[Array, ...]]
 CHANGES = {"pearson_ctrl", "cosine", "rank_cosine", "pds_l1", "r2_w_ctrl"}  # metrics of changes from control
 SCALE = "log1p of mean CP10k"
+TEST = "sums of counts"  # of two conditions, behind the interpolated duplicate
 SAMPLED = 20  # posterior draws behind sampled cells
 
 

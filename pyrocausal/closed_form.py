@@ -32,6 +32,7 @@ PRIOR_GENES = 20.0  # genes that a perturbation of average strength counts for
 SILENT = 1e-4  # least variance of a gene, in units of the mean over genes: a gene without a count is not known to be zero
 VAGUE = 10.0  # width of a prior that has little say, in units of what it is of
 NEIGHBOURS = (1, 5, 10, 20)
+NOTHING = 1e-12  # rho of a shift that is not there
 RATIOS = 10.0 ** np.arange(-6, 3.1, 0.2)
 PENALTIES = 10.0 ** np.arange(-3, 4.5, 0.5)
 
@@ -129,7 +130,7 @@ def unbiased_effects(c: Conditions, n_perturbations: int) -> Estimate:
     return _with_measured(out, c)
 
 
-def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) -> Estimate:
+def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60, shared: bool = True) -> Estimate:
     """Empirical Bayes: effects of a common size by gene and by perturbation, shrunk as their noise asks, the control among them.
 
     ::
@@ -142,11 +143,14 @@ def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) ->
     least responsive genes wide. The control mean is estimated together with all others: where perturbations do little, their cells tell
     it too. With m = 0, k = 1, tau by moments and a held at y_c this is James and Stein's rule gene by gene.
 
+    Args:
+        shared: whether perturbations share a shift; if not, m = 0.
+
     Source: Efron and Morris 1973; Efron 2010, ch. 1. Cannot see: heavy tails of effects within a gene (few large ones are shrunk as
     their gene and perturbation ask), interactions.
     """
     y, s = c.mean, c.variance
-    strength, rho = np.ones((len(y), 1)), 0.1
+    strength, rho = np.ones((len(y), 1)), 0.1 if shared else NOTHING
     live = live_genes(c.unit_variance)
     tau = c.unit_variance * max(float((c.spread / c.unit_variance)[live].mean()), 1e-8)
     for _ in range(iterations):
@@ -154,7 +158,7 @@ def shrunk_effects(c: Conditions, n_perturbations: int, iterations: int = 60) ->
         deviation = w * (y - a - m)
         square = deviation**2 + w * s + w**2 * (va + vm + 2 * cov)
         tau, strength = common_sizes(square, strength, c.unit_variance)
-        rho = _shared(c, strength * tau, tau)
+        rho = _shared(c, strength * tau, tau) if shared else NOTHING
     a, m, va, vm, cov, w = _joint(c, strength * tau, rho * tau)
     effect, sd = np.tile(m, (n_perturbations, 1)), np.tile(np.sqrt(tau), (n_perturbations, 1))
     on_control, prior = np.zeros_like(effect), sd.copy()

@@ -38,6 +38,9 @@ ENTRIES = {
     "sams_vae": Entry("SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023", "effects, combinations, doses, counterfactuals, target masks"),
     "sams_vae_mean_field": Entry("SAMSVAE", "SAMSVAEMeanField", "Bereket & Karaletsos 2023", "as sams_vae, the paper's mean-field guide"),
     "sams_vae_correlated": Entry("SAMSVAE", "SAMSVAECorrelated", "Bereket & Karaletsos 2023", "as sams_vae, the paper's correlated guide"),
+    "sams_vae_direct": Entry(
+        "SAMSVAE", "SAMSVAE", "Bereket & Karaletsos 2023, extended", "as sams_vae, and direct effects gene by gene", (("direct", True),)
+    ),
     "svae_plus": Entry("SVAEPlus", "SVAEPlus", "Lopez et al. 2023", "as sams_vae, with learned sparsity"),
     "svae_plus_parity": Entry("SVAEPlus", "SVAEPlusParity", "Lopez et al. 2023", "the published sVAE+ objective", (("parity", True),)),
     "sccvae": Entry("SCCVAE", "SCCVAE", "Liu, Zhang & Uhler 2026", "effects, unseen perturbations, doses, network, clamps"),

@@ -1,7 +1,7 @@
 """What interventions compile to: values of sites for ``pyro.do``, and what is added to ``shift``.
 
 Every function answers K interventions at once. Values that are set have the worlds in front of the cells, ``[K, 1, D]``; the tables
-``mask``, ``effect`` and ``graph`` are edited from the value that the world has, ``[..., K, 1, P, D]``.
+``mask``, ``effect``, ``direct`` and ``graph`` are edited from the value that the world has, ``[..., K, 1, P, D]``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pyrocausal.structural import longest_path
 if TYPE_CHECKING:
     from pyrocausal.interventions import Intervention
 
-TABLES = ("mask", "effect", "graph")  # edited; every other site is replaced
+TABLES = ("mask", "effect", "direct", "graph")  # edited; every other site is replaced
 WORDS_OF = {
     "dose": "perturb",
     "mask": "flip_target",
@@ -45,8 +45,8 @@ def compile_sites(
     Args:
         perturbations: names in the order of the dose.
         base_dose: treatment of the cells before any intervention, [n, P] or [1, P].
-        given: current values of ``mask``, ``effect``, ``graph`` and, where the order of the programs is learned, ``priority``, [P, D] or
-            [S, 1, 1, P, D]; of ``clamp`` anything with its last dimension.
+        given: current values of ``mask``, ``effect``, ``direct``, ``graph`` and, where the order of the programs is learned,
+            ``priority``, [P, D] or [S, 1, 1, P, D]; of ``clamp`` anything with its last dimension.
         sites: names of the model's sites.
         uniform: uniform numbers [..., n, P] that decide in which cells a perturbation takes, shared by all interventions.
         cyclic: whether the model allows edges that close a cycle.
@@ -54,8 +54,8 @@ def compile_sites(
 
     Returns:
         ``dose`` [K, n or 1, P] (or [..., K, n, P] with penetrance), and as needed ``hit``, ``clamp`` [K, 1, D] (NaN = untouched), and
-        ``mask``, ``effect`` and ``graph`` [..., K, 1, P, D]; for acts with a time ``course`` [K, n or 1, T + 1, P] and ``held``
-        [K, n or 1, T + 1, D].
+        ``mask``, ``effect`` and ``graph`` [..., K, 1, P, D], ``direct`` [..., K, 1, P, G]; for acts with a time ``course``
+        [K, n or 1, T + 1, P] and ``held`` [K, n or 1, T + 1, D].
     """
     sites = set(sites)
     code = {name: i for i, name in enumerate(perturbations)}
@@ -83,6 +83,8 @@ def compile_sites(
     for site, acts in _edits(interventions).items():
         if any(acts):
             values[site] = _edited(site, acts, code, given, sites, cyclic)
+    if "effect" in values and "direct" in sites:  # what is silenced acts neither on programs nor on genes
+        values["direct"] = _edited("direct", [i.silenced for i in interventions], code, given, sites, cyclic)
     clamp = _per_program("clamp", [i.clamps for i in interventions], given, sites, float("nan"))
     values = values if clamp is None else values | {"clamp": clamp}
     if any(i.timed for i in interventions):
@@ -210,7 +212,7 @@ def _edits(interventions: Sequence[Intervention]) -> dict[str, list[Any]]:
 
 
 def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapping[str, Tensor], sites: set[str], cyclic: bool) -> Tensor:
-    word = {"mask": "flip_target", "effect": "silence", "graph": "cut(...) or set_edge"}[site]
+    word = {"mask": "flip_target", "effect": "silence", "direct": "silence", "graph": "cut(...) or set_edge"}[site]
     _needs(site, word, sites)
     if site not in given:
         raise InterventionError(f"{word}(...) changes the value that {site!r} has; pass it as given={{{site!r}: a posterior draw}}")
@@ -222,7 +224,7 @@ def _edited(site: str, acts: Sequence[Any], code: Mapping[str, int], given: Mapp
                 name, program = what
                 _in_range(program, value.shape[-1])
                 out[..., k, :, code[name], program] = 1 - out[..., k, :, code[name], program]
-            elif site == "effect":
+            elif site in ("effect", "direct"):
                 out[..., k, :, code[what], :] = 0
             else:
                 (a, b), weight = what

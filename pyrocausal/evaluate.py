@@ -35,9 +35,8 @@ def measured_effects(data: PerturbationData, reference: str = "control") -> xr.D
     Counts: ``effect = log1p(1e4 r_c) - log1p(1e4 r_0)`` with ``r = mean_i x_i / l_i`` over the cells of a condition, what
     :func:`pyrocausal.effects` says of a population; normalised data: difference of means. ``se`` is that of the mean (delta method),
     ``var r = sum_i (x_i / l_i - r)^2 / (n (n-1))`` with at least one count's error; ``p_value`` is of the two-sided Welch test, and for
-    counts not below that of the conditional binomial test, which keeps genes with a handful of counts honest. There, r counts as a
-    Poisson count ``r N`` at the exposure ``N = n^2 / sum_i 1 / l_i``, which has its mean and variance where all cells have one rate
-    (exact for cells of equal depth).
+    counts not below that of the conditional binomial test of the sums of counts at the sums of libraries, which keeps genes with a
+    handful of counts honest: of Poisson counts at one rate it is exact, whatever the depths of the cells.
 
     The sum of the counts over the sum of the libraries is another quantity, that of the deep cells, wherever composition goes with depth.
 
@@ -46,8 +45,8 @@ def measured_effects(data: PerturbationData, reference: str = "control") -> xr.D
 
     Returns:
         Dataset: ``effect``, ``se``, ``p_value`` (intervention, gene) and ``n_cells`` (intervention); a condition of one cell has no
-        ``se``. Cannot see: batches, guides (cells are taken as replicates), changes of variance or shape; and a count in a cell far
-        shallower than the others weighs as many of theirs.
+        ``se``. Cannot see: batches, guides (cells are taken as replicates), changes of variance or shape; and in ``effect`` a count in a
+        cell far shallower than the others weighs as many of theirs.
     """
     reference = data.control if reference == "control" else reference
     rows = pd.Series(np.arange(len(data))).groupby(np.asarray(data.labels, dtype=str)).indices
@@ -160,23 +159,29 @@ def split_half(data: PerturbationData, seed: int = 0) -> pd.DataFrame:
 
 
 class _Totals(NamedTuple):
-    """Of the cells of one condition: how many, r [G] (of normalised data the mean), N, the value [G] that follows, and its variance."""
+    """Of the cells of one condition: how many, r [G] (of normalised data the mean), the value [G] that follows, and its variance; sums of
+    the expression [G] and of the libraries; and ``exposure = n^2 / sum 1 / l``, at which a Poisson count would vary as r does."""
 
     n: int
     rate: Array
-    exposure: float
     value: Array
     variance: Array
+    total: Array
+    library: float
+    exposure: float
 
 
 def _totals(data: PerturbationData, rows: NDArray[np.int64]) -> _Totals:
     shares, n, counts = _shares(data, rows), len(rows), data.kind == "counts"
-    total, squares = (np.asarray(a.sum(0)).ravel() for a in (shares, shares.multiply(shares) if sp.issparse(shares) else shares**2))
-    rate, inverse = total / n, float((1 / data.library_size[rows].astype(np.float64)).sum())
-    least = inverse / float(data.library_size[rows].sum(dtype=np.float64)) if counts else 0.0  # mean (1 / l)^2 of the cell of a count
+    mean, squares = (np.asarray(a.sum(0)).ravel() for a in (shares, shares.multiply(shares) if sp.issparse(shares) else shares**2))
+    library = data.library_size[rows].astype(np.float64)
+    rate = mean / n
+    inverse = float((1 / library).sum())
+    least = inverse / float(library.sum()) if counts else 0.0  # mean (1 / l)^2 of the cell of a count
     slope = 1e4 / (1 + 1e4 * rate) if counts else 1.0
     variance = slope**2 * np.maximum(squares - n * rate**2, least) / n**2 * (n / (n - 1) if n > 1 else np.nan)
-    return _Totals(n, rate, n**2 / inverse, np.log1p(1e4 * rate) if counts else rate, variance)
+    total = np.asarray(data.x[rows].sum(0, dtype=np.float64)).ravel()
+    return _Totals(n, rate, np.log1p(1e4 * rate) if counts else rate, variance, total, float(library.sum()), n**2 / inverse)
 
 
 def _shares(data: PerturbationData, rows: NDArray[np.int64]) -> Any:
@@ -193,8 +198,7 @@ def _p_value(a: _Totals, b: _Totals, counts: bool) -> Array:
         welch = np.where(variance == 0, (effect == 0).astype(float), 2 * stats.t.sf(np.abs(effect) / np.sqrt(variance), df))
     if not counts:
         return welch
-    k, other, share = np.rint(a.rate * a.exposure), np.rint(b.rate * b.exposure), a.exposure / (a.exposure + b.exposure)
-    n = k + other
+    k, n, share = a.total, a.total + b.total, a.library / (a.library + b.library)
     return np.maximum(welch, np.minimum(1.0, 2 * np.minimum(stats.binom.cdf(k, n, share), stats.binom.sf(k - 1, n, share))))
 
 

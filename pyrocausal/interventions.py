@@ -7,7 +7,7 @@ word                                       compiles to
 ``perturb("A") & perturb("B")``            one ``dose`` with two non-zero entries
 ``perturb("KLF1", penetrance=0.5)``        ``{"hit": ...}``, or a ``dose`` of 0 in the cells where it does not take
 ``flip_target("KLF1", program)``           ``{"mask": ...}`` with one entry flipped
-``silence("KLF1")``                        ``{"effect": ...}`` with one row set to zero
+``silence("KLF1")``                        ``{"effect": ...}`` (and ``direct``, if it is there) with one row set to zero
 ``clamp(program, value)``                  ``{"clamp": ...}``: the program is held there, whatever acts on it; its descendants follow
 ``set_edge(a, b, weight)``, ``cut(a, b)``  ``{"graph": ...}`` with one weight changed, or set to zero
 ``shift(program, by)``                     a soft act: added to ``shift``, after what the dose of the same intervention does there
@@ -286,8 +286,8 @@ def sites(
 
     Args:
         data: the :class:`~pyrocausal.data.PerturbationData` that gives the names.
-        given: values of ``mask`` and ``effect`` [P, D] and ``graph`` [D, D], needed by :func:`flip_target`, :func:`silence`, and
-            :func:`cut` and :func:`set_edge` (with ``priority`` [D] where the order of the programs is learned).
+        given: values of ``mask`` and ``effect`` [P, D], ``direct`` [P, G] and ``graph`` [D, D], needed by :func:`flip_target`,
+            :func:`silence`, and :func:`cut` and :func:`set_edge` (with ``priority`` [D] where the order of the programs is learned).
     """
     values, by = _compiled(model, intervention, data, given)
     if by is not None:

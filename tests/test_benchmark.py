@@ -18,7 +18,7 @@ from scipy import stats
 
 import pyrocausal as pc
 from pyrocausal.benchmark import plan
-from pyrocausal.benchmark_paired import LEVEL_WITH, LOSES, WINS, best_baselines, paired_table, paired_test
+from pyrocausal.benchmark_paired import LEVEL_WITH, LOSES, WINS, assemble, best_baselines, paired_table, paired_test
 from pyrocausal.benchmark_run import BASELINES, DUPLICATES
 from pyrocausal.benchmark_score import Options, ask, judge, score
 from pyrocausal.cli import main
@@ -167,6 +167,20 @@ def test_the_scale_and_its_anchors(result: pc.Benchmark) -> None:
     assert shares.any() and not result.table.loc[shares, "admitted"].any()
     for _, rows in table.groupby("metric"):  # one panel for all models
         assert rows[["b", "r", "drf", "bds"]].nunique(dropna=False).eq(1).all()
+
+
+def test_whether_a_metric_is_admitted_is_read_from_the_duplicate(result: pc.Benchmark, data: pc.PerturbationData) -> None:
+    own = result.table[(result.table["metric"] != "") & (result.table["status"] == "ok")]
+    assert (own.groupby(["split", "seed", "unit", "metric"])[["drf", "bds", "admitted"]].nunique(dropna=False) == 1).all(None)
+    options = json.loads((result.path / "benchmark.json").read_text())["options"]
+    jobs = plan(data, MODELS, [SPLIT], (0,), Options(**options | {"presets": tuple(options["presets"])}))
+    results = [json.loads((result.path / "jobs" / f"{j.key}.json").read_text()) for j in jobs]
+    once = assemble(jobs, results)[0]
+    pd.testing.assert_frame_equal(once[["drf", "bds"]], result.table[["drf", "bds"]], check_exact=True)
+    for job, found in zip(jobs, results, strict=True):  # every job has found the same by itself; were it otherwise, the duplicate's counts
+        for row in found["rows"]:
+            row["bds"] = 0.25 if job.model == "technical_duplicate" else 0.75
+    assert set(assemble(jobs, results)[0].dropna(subset="bds")["bds"]) == {0.25}
 
 
 def test_strata_of_genes_make_up_the_whole(result: pc.Benchmark) -> None:
