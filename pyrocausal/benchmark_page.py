@@ -32,9 +32,11 @@ def write(result: Benchmark, values: pd.DataFrame, name: str, about: str) -> Non
 
 
 def findings(result: Benchmark) -> list[str]:
-    """The verdicts as sentences, by admitted metrics, and what failed."""
+    """The verdicts as sentences, by admitted metrics, and what failed (with no verdict on what failed for every seed)."""
     words = []
     for (model, split, unit), rows in result.paired.groupby(["model", "split", "unit"], sort=False):
+        if (rows["failed"] == rows["seeds"]).all():
+            continue
         there = rows[rows["admitted"]]
         if not len(there):
             words.append(f"{model} on {split} [{unit}]: no metric is admitted, so nothing can be said.")
@@ -44,8 +46,9 @@ def findings(result: Benchmark) -> list[str]:
     if not len(result.paired):
         words.append("There is no model in the table, only baselines.")
     lost = result.table[result.table["status"] == "failed"].drop_duplicates(["model", "split", "unit", "seed"])
-    for (model, split, note), rows in lost.groupby(["model", "split", "note"], sort=False):
-        words.append(f"{model} failed on {split}, seed {', '.join(map(str, rows['seed']))}, and has the worst values there: {note}")
+    for (split, _), rows in lost.groupby(["split", lost["note"].str.replace("'[^']*'", "", regex=True)], sort=False):
+        who, seeds = (", ".join(dict.fromkeys(map(str, rows[k]))) for k in ("model", "seed"))
+        words.append(f"{who} failed on {split}, seed {seeds}, with the worst values there: {rows['note'].iloc[0]}")
     return words
 
 
