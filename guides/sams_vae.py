@@ -11,7 +11,7 @@ In both of the paper's guides ``q(z | x, dose, mask, effect) = Normal(MLP([norm(
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import pyro
@@ -69,6 +69,17 @@ class SAMSVAE(CentredGuide):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor]:
         return super().encode(batch if self.direct is None else self.direct.undone(batch, self.counts))
+
+    def initialise(self, model: Any, data: PerturbationData) -> None:
+        super().initialise(model, data)
+        if self.direct is not None:
+            self.direct.check(model, data)
+            self.direct.reset(model)
+
+    def absorb(self, model: Any, cells: Iterable[Batch], known: Tensor, sweeps: int) -> None:
+        super().absorb(model, cells, known, sweeps)
+        if self.direct is not None:
+            self.direct.extend(model, known)
 
     def after_training(self, model: Any, data: PerturbationData, seed: int, progress: bool) -> None:
         """What the programs leave over, gene by gene."""

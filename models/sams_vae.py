@@ -121,6 +121,6 @@ class SAMSVAE(PyroModule):
                 eta = eta + self.batch_offset[batch.batch_code]
             x_loc = self.likelihood.mean(eta, batch.library_size)
             if self.direct is not None:
-                x_loc = move(x_loc, batch.library_size, offset + mechanism_shift(dose, direct), self.likelihood.is_counts)
+                x_loc = move(x_loc, offset + mechanism_shift(dose, direct), self.likelihood.is_counts)
             x_loc = pyro.deterministic("x_loc", x_loc, event_dim=1)
             return pyro.sample("x", self.likelihood(x_loc, batch.nonzeros), obs=batch.x, infer={"event_dims": ("gene",)})

@@ -46,9 +46,11 @@ def findings(result: Benchmark) -> list[str]:
     if not len(result.paired):
         words.append("There is no model in the table, only baselines.")
     lost = result.table[result.table["status"] == "failed"].drop_duplicates(["model", "split", "unit", "seed"])
-    for (split, _), rows in lost.groupby(["split", lost["note"].str.replace("'[^']*'", "", regex=True)], sort=False):
-        who, seeds = (", ".join(dict.fromkeys(map(str, rows[k]))) for k in ("model", "seed"))
-        words.append(f"{who} failed on {split}, seed {seeds}, with the worst values there: {rows['note'].iloc[0]}")
+    said = lost["note"].str.replace("'[^']*'", "...", regex=True)
+    seeds = lost.groupby(["model", "split", "unit"], sort=False)["seed"].transform(lambda s: ", ".join(map(str, s)))
+    for (split, seed, note), rows in lost.groupby(["split", seeds, said], sort=False):
+        who = ", ".join(dict.fromkeys(rows["model"]))
+        words.append(f"{who} failed on {split}, seed {seed}, with the worst values there: {note}")
     return words
 
 
