@@ -20,10 +20,12 @@ site          shape                   kind           meaning
 ``u``         [n, D]                  deterministic  programs of the cell
 ``x_loc``     [n, G]                  deterministic  expected expression
 ``x``         [n, G]                  observed       expression
+``offset``    [G]                     sample         with ``direct=True``: what the programs' mean of untreated cells lacks
+``direct``    [P, G]                  sample         with ``direct=True``: what a perturbation does beyond its programs
 ============  ======================  =============  =============================================================
 
-With ``direct=True`` a perturbation also moves genes beyond its programs, shrunk gene by gene, such as the gene that it targets; see
-:mod:`pyrocausal.direct`.
+With ``direct=True`` a perturbation also moves genes beyond its programs, such as the gene that it targets, ``x_loc' = x_loc e^(offset +
+dose direct)``, or a sum for normalised data, shrunk gene by gene once the programs are fitted; see :mod:`pyrocausal.direct`.
 
 **Identified:** the effect of each measured perturbation and of additive combinations on expression. The axes of the programs follow from
 sparsity alone (several perturbations per program, few programs per perturbation); with a dense mask (``dense=True``, which is CPA-VAE)

@@ -83,7 +83,8 @@ def benchmark(
     Args:
         models: names of the collection; or a mapping of names for the table to an entry or ``(entry, settings)``. An entry is a name of
             the collection, with settings of :func:`pyrocausal.build`, or a function ``entry(train, seed=, **settings)`` that returns a
-            model and a guide, or a ``Fit`` (importable, if ``processes`` is above 1). A baseline of the collection, under its own name
+            model and a guide, or a ``Fit`` (importable, if ``processes`` is above 1; with an attribute ``data_kind = "normalised"``, it
+            is given counts log-normalised). A baseline of the collection, under its own name
             with settings (such as an ``embedding``) or under another, is one of the baselines that have to be beaten.
         splits: arguments of :func:`pyrocausal.splits.split`, for each split.
         seeds: for each, a split, a fit and a row.
@@ -197,7 +198,8 @@ def _baseline(entry: str | Make) -> bool:
 
 
 def _normalised(entry: str | Make) -> bool:
-    return isinstance(entry, str) and ENTRIES[entry].data_kind == "normalised"
+    """Whether an entry is fitted to log-normalised data: as the collection says, or the function's own attribute ``data_kind``."""
+    return getattr(ENTRIES[entry] if isinstance(entry, str) else entry, "data_kind", "any") == "normalised"
 
 
 def _split_name(settings: Mapping[str, Any]) -> str:

@@ -341,6 +341,13 @@ def test_models_of_normalised_data_have_baselines_of_their_own(data: pc.Perturba
     assert [j.role for j in told].count("baseline") == len(BASELINES) + 1 and "model" not in {j.role for j in told}
     assert units == {"log1p_cp10k": always | {"sams_vae"}, "log_normalised": always | {"discrepancy_vae"}}
 
+    def of_logarithms(train: pc.PerturbationData, seed: int) -> pc.Fit:
+        return additive(train)
+
+    of_logarithms.data_kind = "normalised"
+    of = {j.model: j.unit for j in plan(data, {"mine": of_logarithms, "copy": copy}, [SPLIT], (0,), OPTIONS) if j.role == "model"}
+    assert of == {"mine": "log_normalised", "copy": "log1p_cp10k"}
+
 
 def test_what_cannot_be_run_is_refused_before_anything_is(data: pc.PerturbationData, tmp_path: Path) -> None:
     def refused(message: str, models: object = (), **settings: object) -> None:
