@@ -33,7 +33,7 @@ from pyrocausal.data import PerturbationData
 from pyrocausal.edges import EdgePosterior, EdgePrior, edge_index
 from pyrocausal.likelihood import LikelihoodName
 from pyrocausal.loading import Batch
-from pyrocausal.nn import MLP, Encoder, Standardise
+from pyrocausal.nn import MLP, Encoder, Standardise, of_batch
 from pyrocausal.start import moment_start
 from pyrocausal.structural import LINKS, Equations, allowed_edges, interventional_order, mechanism_shift, topological_order
 
@@ -303,7 +303,7 @@ def _own_gene_totals(model: Any, batch: Batch, a: Tensor) -> Tensor:
     assert batch.x is not None
     eta = model.decoder(a)
     if len(model.batch_offset) > 1:
-        eta = eta + model.batch_offset[batch.batch_code]
+        eta = eta + of_batch(model.batch_offset, batch.batch_code)
     perturbation, gene = model.own
     dose = batch.dose[:, perturbation]
     expected = model.likelihood.mean(eta, batch.library_size)

@@ -50,7 +50,7 @@ from pyrocausal.direct import DirectPrior, move
 from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
-from pyrocausal.nn import MLP
+from pyrocausal.nn import MLP, of_batch
 from pyrocausal.sparsity import PRIOR
 from pyrocausal.structural import mechanism_shift
 
@@ -120,7 +120,7 @@ class SAMSVAE(PyroModule):
             u = pyro.deterministic("u", z + shift, event_dim=1)
             eta = self.decoder(u)
             if len(self.batch_offset) > 1:
-                eta = eta + self.batch_offset[batch.batch_code]
+                eta = eta + of_batch(self.batch_offset, batch.batch_code)
             x_loc = self.likelihood.mean(eta, batch.library_size)
             if self.direct is not None:
                 x_loc = move(x_loc, offset + mechanism_shift(dose, direct), self.likelihood.is_counts)

@@ -77,7 +77,7 @@ from pyrocausal.edges import EdgePrior, edge_index, sample_graph
 from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
-from pyrocausal.nn import MLP, DecoderKind, Loadings
+from pyrocausal.nn import MLP, DecoderKind, Loadings, of_batch
 from pyrocausal.structural import Equations, allowed_edges, longest_path, mechanism_shift, solve, topological_order
 
 
@@ -205,7 +205,7 @@ class SCCVAE(PyroModule):
             if self.own is not None:
                 eta = eta.index_add(-1, self.own[1], (dose * h)[..., self.own[0]])
             if len(self.batch_offset) > 1:
-                eta = eta + self.batch_offset[batch.batch_code]
+                eta = eta + of_batch(self.batch_offset, batch.batch_code)
             x_loc = pyro.deterministic("x_loc", self.likelihood.mean(eta, batch.library_size), event_dim=1)
             return pyro.sample("x", self.likelihood(x_loc, batch.nonzeros), obs=batch.x, infer={"event_dims": ("gene",)})
 

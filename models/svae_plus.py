@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from pyrocausal.elbo import ELBO
 from pyrocausal.likelihood import Likelihood, LikelihoodName
 from pyrocausal.loading import Batch
-from pyrocausal.nn import MLP
+from pyrocausal.nn import MLP, of_batch
 from pyrocausal.sparsity import PRIOR
 from pyrocausal.structural import mechanism_shift
 
@@ -96,6 +96,6 @@ class SVAEPlus(PyroModule):
             u = pyro.deterministic("u", z + shift, event_dim=1)
             eta = self.decoder(u)
             if len(self.batch_offset) > 1:
-                eta = eta + self.batch_offset[batch.batch_code]
+                eta = eta + of_batch(self.batch_offset, batch.batch_code)
             x_loc = pyro.deterministic("x_loc", self.likelihood.mean(eta, batch.library_size), event_dim=1)
             return pyro.sample("x", self.likelihood(x_loc, batch.nonzeros), obs=batch.x, infer={"event_dims": ("gene",)})

@@ -1,7 +1,7 @@
 """What interventions compile to: values of sites for ``pyro.do``, and what is added to ``shift``.
 
 Every function answers K interventions at once. Values that are set have the worlds in front of the cells, ``[K, 1, D]``; the tables
-``mask``, ``effect``, ``direct`` and ``graph`` are edited from the value that the world has, ``[..., K, 1, P, D]``.
+``mask``, ``effect``, ``direct`` and ``graph`` are edited from the value that the world has, ``[..., K, 1, P, D]`` (``direct``: G for D).
 """
 
 from __future__ import annotations

@@ -106,6 +106,14 @@ class Loadings(nn.Module):
         return eta if self.rest is None else eta + self.rest(u)
 
 
+def of_batch(table: Tensor, batch_code: Tensor) -> Tensor:
+    """Rows [n, n_genes] of a table of batches [n_batches, n_genes].
+
+    As ``table[batch_code]``, whose gradient is summed in the order in which threads arrive; here the same seed gives the same sum.
+    """
+    return nn.functional.embedding(batch_code, table)
+
+
 def inverse_softplus(y: Tensor) -> Tensor:
     """``x`` such that ``log(1 + e^x) = y`` > 0."""
     return y + (-torch.expm1(-y)).clamp_min(1e-12).log()

@@ -690,3 +690,17 @@ def test_a_gene_that_does_not_vary_has_a_finite_density(name):
     most = -np.log(0.01 * rms) - 0.5 * np.log(2 * np.pi)  # of that gene, met exactly
     assert fit.history["elbo"].iloc[-1] < most  # the others have a negative log density
     assert fit.history["elbo"].iloc[-1] > -20
+
+
+@pytest.mark.parametrize("name", ["sams_vae", "svae_plus", "sccvae"])
+def test_the_same_seed_gives_the_same_fit_on_several_threads_with_batches(name):
+    """Indexing a table of batches, as was done, gave another fit each time: its gradient is summed as threads arrive."""
+    data = pc.PerturbationData.from_anndata(pc.demo_screen(), batch_key="batch")[:1500]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        fits = [pc.fit(*pc.build(name, data, n_latent=5), data, max_epochs=1, progress=False) for _ in range(3)]
+    finally:
+        torch.set_num_threads(threads)
+    first, *others = ([p for part in (f.model, f.guide) for p in part.state_dict().values()] for f in fits)
+    assert all(torch.equal(a, b) for other in others for a, b in zip(first, other, strict=True))
